@@ -1,0 +1,172 @@
+/* lowbit: low-bit weight matrices. One noun, the packed matrix; four verbs: pack, unpack, matmul, gather.
+ *
+ * A plain C API over pointers the caller owns. Nothing here allocates for the caller to free, prints, exits or
+ * throws. Every function returns a lowbit_status; after a failure lowbit_last_error() (per thread) names the
+ * thing, what was expected and what was found. Layouts: formats.h and docs/formats.md; arithmetic:
+ * docs/numerics.md. N = rows = out_features (or the vocabulary), K = cols = in_features.
+ */
+#ifndef LOWBIT_LOWBIT_H
+#define LOWBIT_LOWBIT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__cplusplus)
+extern "C" {
+#endif
+
+#define LOWBIT_ABI_VERSION 1
+#if defined(LOWBIT_BUILDING)
+#define LOWBIT_API __attribute__((visibility("default")))
+#else
+#define LOWBIT_API
+#endif
+
+typedef enum lowbit_status {
+  LOWBIT_OK = 0,
+  LOWBIT_INVALID_ARGUMENT = 1, /* a value, shape or combination that no call could accept */
+  LOWBIT_OUT_OF_RANGE = 2,     /* an id or index outside its table */
+  LOWBIT_UNSUPPORTED = 3,      /* valid, but this build or machine cannot do it */
+  LOWBIT_OUT_OF_MEMORY = 4,
+  LOWBIT_NUMERIC = 5           /* data that the method cannot go on with (solver) */
+} lowbit_status;
+
+/* The value of an integer format is its width in bits. */
+typedef enum lowbit_format { LOWBIT_INT2 = 2, LOWBIT_INT3 = 3, LOWBIT_INT4 = 4, LOWBIT_INT8 = 8 } lowbit_format;
+
+typedef enum lowbit_dtype { LOWBIT_F32 = 0, LOWBIT_F16 = 1, LOWBIT_BF16 = 2, LOWBIT_I32 = 3, LOWBIT_I64 = 4 } lowbit_dtype;
+
+/* How matmul represents its activations: two int8 digits (16-bit fixed point, the default) or one, per chunk. */
+typedef enum lowbit_activations { LOWBIT_ACT_FLOAT = 0, LOWBIT_ACT_INT8 = 1 } lowbit_activations;
+
+/* What gather does with an id outside [0, rows). */
+typedef enum lowbit_id_policy { LOWBIT_IDS_ERROR = 0, LOWBIT_IDS_ZERO = 1, LOWBIT_IDS_CLAMP = 2 } lowbit_id_policy;
+
+/* A view of a packed matrix: W[n,k] = scales[n, g] * (code[n,k] - zeros[n, g]), g = k / group_size, k < cols.
+ * With perm, column j of the packed matrix is column perm[j] of the original. */
+typedef struct lowbit_matrix {
+  lowbit_format format;
+  int64_t rows, cols;
+  int64_t group_size;    /* a multiple of 16, or cols (one group a row); -1 means cols */
+  const uint8_t* codes;  /* [rows][lowbit_row_lines][64] */
+  const void* scales;    /* [scale_rows][scale_cols]: [rows][G], or [rows][1], or [1][1] */
+  lowbit_dtype scale_dtype;
+  int64_t scale_rows, scale_cols;
+  const uint8_t* zeros;  /* the shape of scales; NULL: 2^(bits-1) everywhere */
+  const int32_t* perm;   /* [cols], a permutation, or NULL */
+} lowbit_matrix;
+
+LOWBIT_API int32_t lowbit_abi_version(void);
+LOWBIT_API const char* lowbit_version(void); /* "0.1.0" */
+LOWBIT_API const char* lowbit_last_error(void);
+LOWBIT_API const char* lowbit_status_name(lowbit_status status);
+
+/* ---- the noun ---- */
+
+/* Lines of 64 bytes that a row takes; 0 when format or cols is invalid. */
+LOWBIT_API int64_t lowbit_row_lines(lowbit_format format, int64_t cols);
+
+/* Checks everything that a kernel relies on. Shapes, sizes, pointers and dtypes always; with `values` also every
+ * scale (finite), every zero (<= 2^bits - 1) and perm (a permutation). Do it once, when a matrix is made. */
+LOWBIT_API lowbit_status lowbit_matrix_check(const lowbit_matrix* w, int values);
+
+/* ---- pack ---- */
+
+/* codes_out[rows][row_lines][64] from unpacked codes [rows][cols] (one a byte). Padding gets the zero point of its
+ * group (so it decodes to zero). A code above 2^bits - 1 is LOWBIT_OUT_OF_RANGE, named by row and column.
+ * Only format, rows, cols, group_size, scale_rows, scale_cols and zeros of `w` are read. */
+LOWBIT_API lowbit_status lowbit_pack_codes(const lowbit_matrix* w, const uint8_t* codes, uint8_t* codes_out);
+
+/* Round to nearest: the grid of each group from its minimum and maximum, scales rounded to scale_dtype first, then
+ * codes. src [rows][cols] with row stride in elements. zeros_out NULL: symmetric (zero 2^(bits-1), scale
+ * 2*max|w|/(2^bits-1)); else asymmetric. clip: 0 none, 1 searches the clipping that minimises sum |error|^2.4.
+ * Non-finite weights are LOWBIT_INVALID_ARGUMENT. */
+LOWBIT_API lowbit_status lowbit_pack_float(lowbit_format format, int64_t rows, int64_t cols, int64_t group_size,
+                                           const void* src, lowbit_dtype src_dtype, int64_t src_stride,
+                                           lowbit_dtype scale_dtype, int clip, uint8_t* codes_out, void* scales_out,
+                                           uint8_t* zeros_out);
+
+/* GPTQ word streams, qweight int32 [cols*bits/32][rows], qzeros int32 [G][rows*bits/32]; version 1 stores zero - 1,
+ * 2 stores zero. Reads give codes [rows][cols] and zeros [rows][G], one a byte. An ambiguous v1 word (docs/formats.md
+ * section 2) is LOWBIT_INVALID_ARGUMENT. Writes are the inverse; v1 with a zero of 0 is LOWBIT_INVALID_ARGUMENT. */
+LOWBIT_API lowbit_status lowbit_gptq_read_weight(int bits, int64_t rows, int64_t cols, const int32_t* qweight, uint8_t* codes);
+LOWBIT_API lowbit_status lowbit_gptq_read_zeros(int bits, int version, int64_t rows, int64_t groups, const int32_t* qzeros, uint8_t* zeros);
+LOWBIT_API lowbit_status lowbit_gptq_write_weight(int bits, int64_t rows, int64_t cols, const uint8_t* codes, int32_t* qweight);
+LOWBIT_API lowbit_status lowbit_gptq_write_zeros(int bits, int version, int64_t rows, int64_t groups, const uint8_t* zeros, int32_t* qzeros);
+
+/* ---- unpack ---- */
+
+/* Codes of rows [row_begin, row_end), one a byte, [row_end - row_begin][cols], in packed column order. */
+LOWBIT_API lowbit_status lowbit_unpack_codes(const lowbit_matrix* w, int64_t row_begin, int64_t row_end, uint8_t* out);
+
+/* Floats of rows [row_begin, row_end) in original column order; out_stride in elements. */
+LOWBIT_API lowbit_status lowbit_unpack(const lowbit_matrix* w, int64_t row_begin, int64_t row_end, void* out,
+                                       lowbit_dtype out_dtype, int64_t out_stride);
+
+/* ---- matmul ---- */
+
+/* Bytes of scratch that lowbit_matmul needs for `tokens` tokens, 64-byte aligned. */
+LOWBIT_API size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_activations activations);
+
+/* y[m][n] = sum_k x[m][k] * W[n][k] + bias[n]; x [tokens][cols], y [tokens][rows] of the same dtype (f32, f16,
+ * bf16), strides in elements; bias [rows] of any float dtype or NULL. Any tokens >= 0. workspace NULL: allocated
+ * inside the call. Bit-identical for every ISA, thread count and batch size. */
+LOWBIT_API lowbit_status lowbit_matmul(const lowbit_matrix* w, const void* x, lowbit_dtype dtype, int64_t tokens,
+                                       int64_t x_stride, const void* bias, lowbit_dtype bias_dtype, void* y,
+                                       int64_t y_stride, lowbit_activations activations, void* workspace,
+                                       size_t workspace_bytes);
+
+/* ---- gather ---- */
+
+/* out[i][:] = W[ids[i]][:] in original column order; ids int32 or int64. */
+LOWBIT_API lowbit_status lowbit_gather(const lowbit_matrix* w, const void* ids, lowbit_dtype id_dtype, int64_t count,
+                                       lowbit_id_policy policy, void* out, lowbit_dtype out_dtype, int64_t out_stride);
+
+/* ---- the GPTQ column solver ---- */
+
+typedef struct lowbit_gptq_options {
+  lowbit_format format;
+  int64_t group_size;       /* -1 means cols */
+  int symmetric;            /* 1: zero 2^(bits-1) */
+  int clip;                 /* 1: search the clipping of each group's grid */
+  int static_grids;         /* 1: scales and zeros are given, not computed, and indexed by group_index */
+  lowbit_dtype scale_dtype; /* scales are rounded to it before they are used */
+  int64_t block_size;       /* columns solved between two trailing updates; 0 means 128 */
+} lowbit_gptq_options;
+
+/* Quantizes weight [rows][cols] fp32 (columns already in solving order; overwritten with scratch) column by column,
+ * pushing each column's error onto the columns after it. factor [cols][cols] fp32: U upper triangular, H^-1 = U^T U.
+ * Writes codes [rows][cols], one a byte, scales [rows][G] fp32 (values exact in scale_dtype), zeros [rows][G] (may
+ * be NULL when symmetric) and loss [rows] (sum of squared weighted errors; may be NULL). group_index int32 [cols]: the
+ * group of each column (static grids with act-order), or NULL: column / group_size. */
+LOWBIT_API lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, int64_t rows, int64_t cols, float* weight,
+                                           const float* factor, const int32_t* group_index, uint8_t* codes,
+                                           float* scales, uint8_t* zeros, double* loss);
+
+/* ---- the machine ---- */
+
+/* "avx2 fma avx512f avx512bw avx512vl avx512vbmi avx512vnni": what the CPU and the operating system offer. */
+LOWBIT_API const char* lowbit_cpu_features(void);
+
+/* Restricts the choice of kernels: "auto", or the best level allowed: "ref", "avx2", "avx512vnni". A level this
+ * machine lacks is LOWBIT_UNSUPPORTED and changes nothing. At start the environment's LOWBIT_ISA is read; if it is
+ * invalid, every verb fails with its message. */
+LOWBIT_API lowbit_status lowbit_set_isa(const char* isa);
+LOWBIT_API const char* lowbit_isa(void);
+
+/* The kernel table, row by row: name as "int4_matmul__avx512vnni"; NULL past the end. runnable: features present. */
+LOWBIT_API const char* lowbit_kernel_name(int index, int* runnable);
+
+/* The kernel that a verb ("matmul", "gather", "activations") would use now, or did last use on this thread. */
+LOWBIT_API const char* lowbit_selected_kernel(const char* verb, lowbit_format format, int64_t tokens);
+LOWBIT_API const char* lowbit_last_kernel(const char* verb);
+
+/* Threads the executor uses; 0 restores its default (OpenMP's, or the CPUs of this process). */
+LOWBIT_API lowbit_status lowbit_set_threads(int threads);
+LOWBIT_API int lowbit_threads(void);
+LOWBIT_API const char* lowbit_executor(void); /* "openmp" or "std::thread" */
+
+#if defined(__cplusplus)
+}
+#endif
+#endif
