@@ -1,0 +1,120 @@
+// The quantization grid of a group of weights, and the code of a weight on it: w ~ scale * (code - zero).
+//
+// One text for every instruction set: the functions below are written over a lane type V (lanes_*.h), so the scalar
+// version that packs by rounding and the solver's 16-row versions give the same bits. Two rules make the arithmetic
+// worth storing: a scale is rounded to its stored dtype BEFORE it is used, and a weight becomes an integer code, so
+// what was evaluated is what is stored.
+//
+//   lo = min(x, 0), hi = max(x, 0); symmetric: hi = max|x|, lo = -hi
+//   scale = (hi - lo) / (2^bits - 1), rounded to scale_dtype, at most its largest finite value
+//   zero  = clamp(round(-lo / scale), 0, 2^bits - 1); symmetric: 2^(bits-1)
+//   a scale of 0 (a group of zeros, or one that underflows scale_dtype): scale 1, zero 2^(bits-1)
+//   code  = clamp(round(w / scale) + zero, 0, 2^bits - 1), round half to even
+// clip: the same grid from p*lo, p*hi for p = 1, .99, ..., .21; the first that minimises sum |error|^2.4 (the
+// search of the GPTQ reference code).
+#ifndef LOWBIT_SOLVER_GRID_H
+#define LOWBIT_SOLVER_GRID_H
+
+#include <stdint.h>
+
+#include "lowbit/lowbit.h"
+
+namespace lowbit {
+
+struct Grid {
+  float scale;
+  int zero;
+};
+
+// The grid of x[0], x[stride], ..., x[(n - 1) * stride], all finite. scale_dtype: f32, f16 or bf16.
+Grid find_grid(const float* x, int64_t n, int64_t stride, int bits, bool symmetric, int clip, lowbit_dtype scale_dtype);
+
+// The code of w on a grid; a NaN gets code 0.
+int quantize_code(float w, Grid grid, int bits);
+
+struct GridRule {
+  int bits;
+  bool symmetric;
+  bool clip;
+  lowbit_dtype scale_dtype;
+};
+
+template <class V>
+struct Lanes {
+  using T = typename V::T;
+
+  struct LaneGrid {
+    T scale, zero;
+  };
+
+  // clamp(round(w / scale) + zero) as a float. max(t, 0) is 0 when t is NaN, on every ISA.
+  static inline T code(T w, const LaneGrid& grid, T max_code) {
+    const T t = V::add(V::round(V::div(w, grid.scale)), grid.zero);
+    return V::min(V::max(t, V::set(0.0f)), max_code);
+  }
+
+  static inline T decode(T code, const LaneGrid& grid) { return V::mul(grid.scale, V::sub(code, grid.zero)); }
+
+  static inline LaneGrid grid_of_range(T lo, T hi, const GridRule& rule) {
+    const T max_code = V::set(float((1 << rule.bits) - 1)), middle = V::set(float(1 << (rule.bits - 1)));
+    const T zero = V::set(0.0f);
+    const T scale = V::round_to(V::div(V::sub(hi, lo), max_code), rule.scale_dtype);
+    const T offset = V::min(V::max(V::round(V::div(V::sub(zero, lo), scale)), zero), max_code);
+    return {V::if_less(zero, scale, scale, V::set(1.0f)),
+            rule.symmetric ? middle : V::if_less(zero, scale, offset, middle)};
+  }
+
+  // d^2.4 for d >= 0, as t^2 * y^4 with t = d^2 and y = t^(-1/5) by three Newton steps y += y * (1 - t * y^5) / 5.
+  // Relative error below 1e-6; the steps are written out because a library's pow differs between machines.
+  static inline T pow_2_4(T d) {
+    const T t = V::mul(d, d), fifth = V::set(-0.2f), six_fifths = V::set(1.2f);
+    T y = V::inverse_fifth_root_seed(t);
+    for (int step = 0; step < 3; ++step) {
+      const T y2 = V::mul(y, y), y4 = V::mul(y2, y2);
+      y = V::mul(y, V::fma(V::mul(V::mul(t, y), y4), fifth, six_fifths));
+    }
+    const T y2 = V::mul(y, y), ty2 = V::mul(t, y2);
+    return V::mul(ty2, ty2);
+  }
+
+  static inline T clipping_loss(const float* x, int64_t n, int64_t stride, const LaneGrid& grid, T max_code, T unit) {
+    T sum = V::set(0.0f);
+    for (int64_t k = 0; k < n; ++k) {
+      const T w = V::load(x + k * stride);
+      const T error = V::sub(decode(code(w, grid, max_code), grid), w);
+      sum = V::add(sum, pow_2_4(V::mul(V::abs(error), unit)));
+    }
+    return sum;
+  }
+
+  static inline LaneGrid find_grid(const float* x, int64_t n, int64_t stride, const GridRule& rule) {
+    const T zero = V::set(0.0f), max_code = V::set(float((1 << rule.bits) - 1));
+    T lo = zero, hi = zero;
+    for (int64_t k = 0; k < n; ++k) {
+      const T w = V::load(x + k * stride);
+      lo = V::min(w, lo);
+      hi = V::max(w, hi);
+    }
+    const T largest = V::max(V::sub(zero, lo), hi);
+    if (rule.symmetric) lo = V::sub(zero, largest), hi = largest;
+    LaneGrid best = grid_of_range(lo, hi, rule);
+    if (!rule.clip) return best;
+
+    // Errors are measured in units of the largest weight so that their powers neither overflow nor vanish; a group
+    // below 2^-100 keeps the plain grid.
+    const T unit = V::if_less(V::set(7.8886091e-31f), largest, V::div(V::set(1.0f), largest), zero);
+    T best_loss = clipping_loss(x, n, stride, best, max_code, unit);
+    for (int i = 1; i < 80; ++i) {
+      const T p = V::set(float(100 - i) / 100.0f);
+      const LaneGrid grid = grid_of_range(V::mul(p, lo), V::mul(p, hi), rule);
+      const T loss = clipping_loss(x, n, stride, grid, max_code, unit);
+      best.scale = V::if_less(loss, best_loss, grid.scale, best.scale);
+      best.zero = V::if_less(loss, best_loss, grid.zero, best.zero);
+      best_loss = V::min(loss, best_loss);
+    }
+    return best;
+  }
+};
+
+}  // namespace lowbit
+#endif

@@ -1,0 +1,64 @@
+// One lane in plain C++: the arithmetic that lanes_avx2.h and lanes_avx512vnni.h repeat 16 at a time.
+#ifndef LOWBIT_SOLVER_LANES_SCALAR_H
+#define LOWBIT_SOLVER_LANES_SCALAR_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "lowbit/lowbit.h"
+
+namespace lowbit {
+
+struct Scalar {
+  using T = float;
+
+  static T load(const float* p) { return *p; }
+  static T set(float x) { return x; }
+  static T add(T a, T b) { return a + b; }
+  static T sub(T a, T b) { return a - b; }
+  static T mul(T a, T b) { return a * b; }
+  static T div(T a, T b) { return a / b; }
+  static T fma(T a, T b, T c) { return ::fmaf(a, b, c); }
+  static T abs(T a) { return ::fabsf(a); }
+  static T round(T a) { return ::nearbyintf(a); }
+  static T min(T a, T b) { return a < b ? a : b; }  // b when either is NaN, as minps
+  static T max(T a, T b) { return a > b ? a : b; }
+  static T if_less(T a, T b, T yes, T no) { return a < b ? yes : no; }
+
+  // x >= 0 to the nearest value of dtype (ties to even), at most the largest finite one.
+  static T round_to(T x, lowbit_dtype dtype) {
+    if (dtype == LOWBIT_F16) {
+      x = min(x, 65504.0f);
+      // fp16 has 11 significant bits above 2^-14 and a fixed quantum of 2^-24 below.
+      const float quantum = x < 6.103515625e-05f ? 5.9604644775390625e-08f : from_bits(bits(x) & 0x7f800000) * 0x1p-10f;
+      return min(::nearbyintf(x / quantum) * quantum, 65504.0f);
+    }
+    if (dtype == LOWBIT_BF16) {
+      x = min(x, from_bits(0x7f7f0000));
+      return from_bits((bits(x) + 0x7fff + (bits(x) >> 16 & 1)) & 0xffff0000);
+    }
+    return min(x, from_bits(0x7f7fffff));
+  }
+
+  // The exponent and mantissa bits of t read as an integer are nearly linear in log2 t (Blinn 1997), so
+  // t^(-1/5) ~ as_float(1.2 * bits(1) - 0.2 * bits(t)); the constant below is shifted to halve the largest error.
+  static T inverse_fifth_root_seed(T t) {
+    return from_bits(uint32_t(int32_t(::nearbyintf(::fmaf(float(int32_t(bits(t))), -0.2f, kFifthRootMagic)))));
+  }
+  static constexpr float kFifthRootMagic = 1277950000.0f;
+
+  static uint32_t bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+  }
+  static float from_bits(uint32_t u) {
+    float x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+  }
+};
+
+}  // namespace lowbit
+#endif
