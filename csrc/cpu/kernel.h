@@ -48,6 +48,11 @@ constexpr int64_t kRowBlock = 64;
 typedef void (*GatherKernel)(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out, lowbit_dtype out_dtype,
                              int64_t out_stride);
 
+// y[m * y_stride + n] = tile[m * tile_stride + n] + bias[n] for m < tokens, n < rows, rounded once to dtype. bias: fp32
+// or NULL.
+typedef void (*StoreKernel)(const float* tile, int64_t tile_stride, const float* bias, int64_t tokens, int64_t rows, void* y,
+                            lowbit_dtype dtype, int64_t y_stride);
+
 // The index of the scale of (row, group), for [rows][G], [rows][1] and [1][1] scales alike.
 inline int64_t scale_index(const lowbit_matrix* w, int64_t row, int64_t group) {
   return (w->scale_rows == 1 ? 0 : row) * w->scale_cols + (w->scale_cols == 1 ? 0 : group);

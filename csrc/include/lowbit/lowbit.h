@@ -1,7 +1,6 @@
 /* lowbit: low-bit weight matrices. One noun, the packed matrix; four verbs: pack, unpack, matmul, gather.
  *
- * A plain C API over pointers the caller owns. Nothing here allocates for the caller to free, prints, exits or
- * throws. Every function returns a lowbit_status; after a failure lowbit_last_error() (per thread) names the
+ * A plain C API over pointers the caller owns. Nothing here prints, exits or throws. Every function returns a lowbit_status; after a failure lowbit_last_error() (per thread) names the
  * thing, what was expected and what was found. Layouts: formats.h and docs/formats.md; arithmetic:
  * docs/numerics.md. N = rows = out_features (or the vocabulary), K = cols = in_features.
  */
@@ -69,6 +68,11 @@ LOWBIT_API int64_t lowbit_row_lines(lowbit_format format, int64_t cols);
 /* Checks everything that a kernel relies on. Shapes, sizes, pointers and dtypes always; with `values` also every
  * scale (finite), every zero (<= 2^bits - 1) and perm (a permutation). Do it once, when a matrix is made. */
 LOWBIT_API lowbit_status lowbit_matrix_check(const lowbit_matrix* w, int values);
+
+/* Memory for codes: 64-byte aligned, zeroed, on 2 MiB pages where the system gives them (4 KiB pages cost up to a third of
+ * the bandwidth on virtual machines). NULL when there is none. Free with the same size. */
+LOWBIT_API void* lowbit_alloc(size_t bytes);
+LOWBIT_API void lowbit_free(void* memory, size_t bytes);
 
 /* ---- pack ---- */
 
@@ -157,9 +161,14 @@ LOWBIT_API const char* lowbit_isa(void);
 /* The kernel table, row by row: name as "int4_matmul__avx512vnni"; NULL past the end. runnable: features present. */
 LOWBIT_API const char* lowbit_kernel_name(int index, int* runnable);
 
-/* The kernel that a verb ("matmul", "gather", "activations") would use now, or did last use on this thread. */
-LOWBIT_API const char* lowbit_selected_kernel(const char* verb, lowbit_format format, int64_t tokens);
+/* The kernel that a verb ("matmul", "gather", "activations", "store") would use now, or did last use on this thread;
+ * "" if there is none. */
+LOWBIT_API const char* lowbit_selected_kernel(const char* verb, lowbit_format format);
 LOWBIT_API const char* lowbit_last_kernel(const char* verb);
+
+/* Read bandwidth of this machine in GB/s: the best of several plain and prefetching read loops over `bytes` of memory on
+ * huge pages, with `threads` threads. What bench rows call the probe. 0 when memory is short. */
+LOWBIT_API double lowbit_read_bandwidth(size_t bytes, int threads);
 
 /* Threads the executor uses; 0 restores its default (OpenMP's, or the CPUs of this process). */
 LOWBIT_API lowbit_status lowbit_set_threads(int threads);

@@ -1,0 +1,37 @@
+// Chooses a kernel: a pure function of verb, format and the allowed ISA, over the one table.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "dispatch/isa.h"
+
+namespace lowbit {
+
+enum class Verb { activations, matmul, gather, store };
+
+template <Verb V>
+struct KernelOf;
+template <>
+struct KernelOf<Verb::activations> {
+  using Type = ActivationsKernel;
+};
+template <>
+struct KernelOf<Verb::matmul> {
+  using Type = MatmulKernel;
+};
+template <>
+struct KernelOf<Verb::gather> {
+  using Type = GatherKernel;
+};
+template <>
+struct KernelOf<Verb::store> {
+  using Type = StoreKernel;
+};
+
+// Writes the best allowed kernel of a verb for a width (0: the verb has none) and records it as the thread's last one.
+template <Verb V>
+lowbit_status select(int bits, typename KernelOf<V>::Type* kernel);
+
+// The layout that the activations of a product take: tiles of 16 tokens from kTileTokens tokens on.
+Activations::Layout select_layout(int64_t tokens);
+
+}  // namespace lowbit
