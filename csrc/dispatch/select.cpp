@@ -1,13 +1,13 @@
 #include "dispatch/select.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "api/status.h"
 
 namespace lowbit {
 
 #define KERNEL(symbol, verb, bits, isa) extern std::remove_pointer_t<KernelOf<Verb::verb>::Type> symbol;
-#include <type_traits>
 #include "dispatch/kernels.inc"
 #undef KERNEL
 

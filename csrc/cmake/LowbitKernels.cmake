@@ -1,0 +1,17 @@
+# Instruction sets by file name: <stem>_avx2.cpp and <stem>_avx512vnni.cpp get the flags of their level, every other
+# file the compiler's baseline, so that nothing but a selected kernel uses what the CPU may lack.
+set(LOWBIT_AVX2_FLAGS -mavx2 -mfma -mf16c)
+set(LOWBIT_AVX512VNNI_FLAGS -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni)
+
+function(lowbit_kernel_flags)
+  if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    message(FATAL_ERROR "lowbit's CPU kernels are written for x86-64, got ${CMAKE_SYSTEM_PROCESSOR}")
+  endif()
+  foreach(source IN LISTS ARGN)
+    if(source MATCHES "_avx512vnni\\.cpp$")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${LOWBIT_AVX512VNNI_FLAGS}")
+    elseif(source MATCHES "_avx2\\.cpp$")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${LOWBIT_AVX2_FLAGS}")
+    endif()
+  endforeach()
+endfunction()
