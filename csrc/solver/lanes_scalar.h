@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "lowbit/lowbit.h"
+#include "solver/grid.h"
 
 namespace lowbit {
 
@@ -41,12 +41,9 @@ struct Scalar {
     return min(x, from_bits(0x7f7fffff));
   }
 
-  // The exponent and mantissa bits of t read as an integer are nearly linear in log2 t (Blinn 1997), so
-  // t^(-1/5) ~ as_float(1.2 * bits(1) - 0.2 * bits(t)); the constant below is shifted to halve the largest error.
   static T inverse_fifth_root_seed(T t) {
     return from_bits(uint32_t(int32_t(::nearbyintf(::fmaf(float(int32_t(bits(t))), -0.2f, kFifthRootMagic)))));
   }
-  static constexpr float kFifthRootMagic = 1277950000.0f;
 
   static uint32_t bits(float x) {
     uint32_t u;

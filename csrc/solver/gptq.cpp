@@ -1,0 +1,270 @@
+// lowbit_gptq_solve: checks, packs the factor into strips, and hands panels of rows to the kernel of this machine.
+//
+// A panel holds up to 64 rows, so that each line of the factor (K^2/2 floats, read once a panel: what the caches cannot
+// hold) meets 64 rows. Rows never meet each other: how they are cut into panels and threads does not change a bit.
+#include <atomic>
+#include <cinttypes>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+
+#include "api/status.h"
+#include "dispatch/isa.h"
+#include "dispatch/parallel.h"
+#include "lowbit/formats.h"
+#include "solver/kernel.h"
+
+namespace lowbit {
+
+void gptq_solve__ref(const SolvePanel*);
+void gptq_solve__avx2(const SolvePanel*);
+void gptq_solve__avx512vnni(const SolvePanel*);
+
+namespace {
+
+constexpr int64_t kPanelLaneGroups = 4;
+constexpr int64_t kMaxDimension = int64_t(1) << 31;
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> allocate(int64_t count) {
+  const size_t bytes = (size_t(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
+  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, bytes)));
+}
+
+// Everything about one call but its pointers, normalised.
+struct Problem {
+  GridRule rule;
+  bool static_grids;
+  int64_t rows, cols, group_size, groups, block_size, strips;
+};
+
+lowbit_status normalise(const lowbit_gptq_options& options, int64_t rows, int64_t cols, Problem* problem) {
+  const int bits = options.format;
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
+    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4 or int8, got %d", bits);
+  if (rows < 1 || rows >= kMaxDimension) return fail(LOWBIT_INVALID_ARGUMENT, "rows: expected 1 to 2^31 - 1, got %" PRId64, rows);
+  if (cols < 1 || cols >= kMaxDimension) return fail(LOWBIT_INVALID_ARGUMENT, "cols: expected 1 to 2^31 - 1, got %" PRId64, cols);
+  int64_t group_size = options.group_size;
+  if (group_size != -1 && group_size != cols && (group_size < 1 || group_size % kStripCols != 0))
+    return fail(LOWBIT_INVALID_ARGUMENT, "group_size: expected a multiple of %d, cols (%" PRId64 ") or -1, got %" PRId64,
+                kStripCols, cols, group_size);
+  if (group_size == -1 || group_size > cols) group_size = cols;
+  const lowbit_dtype dtype = options.scale_dtype;
+  if (dtype != LOWBIT_F32 && dtype != LOWBIT_F16 && dtype != LOWBIT_BF16)
+    return fail(LOWBIT_INVALID_ARGUMENT, "scale_dtype: expected f32, f16 or bf16, got %d", int(dtype));
+  const int64_t block_size = options.block_size == 0 ? 128 : options.block_size;
+  if (block_size < 1 || block_size % kStripCols != 0)
+    return fail(LOWBIT_INVALID_ARGUMENT, "block_size: expected a multiple of %d or 0, got %" PRId64, kStripCols, block_size);
+  *problem = {{bits, options.symmetric != 0, options.clip != 0, dtype},
+              options.static_grids != 0,
+              rows,
+              cols,
+              group_size,
+              ceil_div(cols, group_size),
+              block_size,
+              ceil_div(cols, kStripCols)};
+  return LOWBIT_OK;
+}
+
+lowbit_status check_group_index(const Problem& problem, const int32_t* group_index) {
+  if (!group_index) return LOWBIT_OK;
+  if (!problem.static_grids)
+    return fail(LOWBIT_INVALID_ARGUMENT, "group_index: expected NULL without static_grids, got a pointer");
+  for (int64_t k = 0; k < problem.cols; ++k)
+    if (group_index[k] < 0 || group_index[k] >= problem.groups)
+      return fail(LOWBIT_OUT_OF_RANGE, "group_index[%" PRId64 "]: expected 0 to %" PRId64 ", got %d", k, problem.groups - 1,
+                  group_index[k]);
+  return LOWBIT_OK;
+}
+
+lowbit_status check_static_grids(const Problem& problem, const float* scales, const uint8_t* zeros) {
+  if (!problem.static_grids) return LOWBIT_OK;
+  const int max_code = (1 << problem.rule.bits) - 1;
+  for (int64_t i = 0; i < problem.rows * problem.groups; ++i) {
+    const int64_t n = i / problem.groups, g = i % problem.groups;
+    if (!(scales[i] > 0) || !std::isfinite(scales[i]))
+      return fail(LOWBIT_INVALID_ARGUMENT, "scales[%" PRId64 ", %" PRId64 "]: expected a positive finite number, got %g", n, g,
+                  double(scales[i]));
+    if (!problem.rule.symmetric && zeros[i] > max_code)
+      return fail(LOWBIT_OUT_OF_RANGE, "zeros[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", n, g, max_code, zeros[i]);
+  }
+  return LOWBIT_OK;
+}
+
+lowbit_status check_weight(const Problem& problem, const float* weight) {
+  std::atomic<int64_t> bad{-1};
+  parallel_for(problem.rows, 16, problem.rows * problem.cols < 1 << 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      // 0 * x is 0 for a finite x and NaN otherwise, so a row costs one comparison.
+      float sum = 0;
+      for (int64_t k = 0; k < problem.cols; ++k) sum += 0.0f * weight[n * problem.cols + k];
+      if (!(sum == 0)) bad = n;
+    }
+  });
+  if (bad < 0) return LOWBIT_OK;
+  int64_t k = 0;
+  while (std::isfinite(weight[bad * problem.cols + k])) ++k;
+  return fail(LOWBIT_INVALID_ARGUMENT, "weight[%" PRId64 ", %" PRId64 "]: expected a finite number, got %g", int64_t(bad), k,
+              double(weight[bad * problem.cols + k]));
+}
+
+lowbit_status check_diagonal(const Problem& problem, const float* factor) {
+  for (int64_t k = 0; k < problem.cols; ++k) {
+    const float u = factor[k * problem.cols + k];
+    if (!(u > 0) || !std::isfinite(u))
+      return fail(LOWBIT_NUMERIC, "factor[%" PRId64 ", %" PRId64 "]: expected a positive finite diagonal, got %g", k, k,
+                  double(u));
+  }
+  return LOWBIT_OK;
+}
+
+// Strips of 16 columns, rows above and on the diagonal; columns beyond cols are those of the identity.
+void pack_factor(const Problem& problem, const float* factor, float* strips) {
+  const int64_t cols = problem.cols;
+  parallel_for(problem.strips, 1, cols < 256, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      float* strip = strips + strip_offset(s);
+      const int64_t first = s * kStripCols;
+      for (int64_t i = 0; i < first + kStripCols; ++i)
+        for (int64_t c = 0; c < kStripCols; ++c) {
+          const int64_t j = first + c;
+          strip[i * kStripCols + c] = i > j ? 0.0f : j < cols ? factor[i * cols + j] : i == j ? 1.0f : 0.0f;
+        }
+    }
+  });
+}
+
+// One thread's buffers: a panel, transposed.
+struct PanelBuffers {
+  Buffer<float> weight, scales, zeros;
+  Buffer<uint8_t> codes;
+  Buffer<double> loss;
+  Buffer<int64_t> pushed;
+
+  PanelBuffers(const Problem& problem, int64_t lane_groups)
+      : weight(allocate<float>(lane_groups * kSolverLanes * problem.strips * kStripCols)),
+        scales(allocate<float>(lane_groups * kSolverLanes * problem.groups)),
+        zeros(allocate<float>(lane_groups * kSolverLanes * problem.groups)),
+        codes(allocate<uint8_t>(lane_groups * kSolverLanes * problem.strips * kStripCols)),
+        loss(allocate<double>(lane_groups * kSolverLanes)),
+        pushed(allocate<int64_t>(problem.strips)) {}
+
+  explicit operator bool() const { return weight && scales && zeros && codes && loss && pushed; }
+};
+
+// The caller's arrays.
+struct Arrays {
+  const float* weight;
+  uint8_t* codes;
+  float* scales;
+  uint8_t* zeros;
+  double* loss;
+};
+
+// Rows [first, first + rows) of the caller's arrays into the lanes of a panel; absent rows are rows of zeros.
+void load_panel(const Problem& problem, const Arrays& a, int64_t first, int64_t rows, int64_t lane_groups, const PanelBuffers& b) {
+  const int64_t cols = problem.cols, cols_padded = problem.strips * kStripCols, groups = problem.groups;
+  for (int64_t g = 0; g < lane_groups; ++g) {
+    float* weight = b.weight.get() + g * cols_padded * kSolverLanes;
+    const int64_t lanes = rows - g * kSolverLanes < kSolverLanes ? rows - g * kSolverLanes : kSolverLanes;
+    const float* source = a.weight + (first + g * kSolverLanes) * cols;
+    for (int64_t k = 0; k < cols_padded; ++k)
+      for (int64_t lane = 0; lane < kSolverLanes; ++lane)
+        weight[k * kSolverLanes + lane] = lane < lanes && k < cols ? source[lane * cols + k] : 0.0f;
+    if (!problem.static_grids) continue;
+    for (int64_t i = 0; i < groups; ++i)
+      for (int64_t lane = 0; lane < kSolverLanes; ++lane) {
+        const int64_t at = (g * groups + i) * kSolverLanes + lane, n = (first + g * kSolverLanes + lane) * groups + i;
+        b.scales[at] = lane < lanes ? a.scales[n] : 1.0f;
+        b.zeros[at] = lane < lanes && !problem.rule.symmetric ? float(a.zeros[n]) : float(1 << (problem.rule.bits - 1));
+      }
+  }
+}
+
+void store_panel(const Problem& problem, const Arrays& a, int64_t first, int64_t rows, const PanelBuffers& b) {
+  const int64_t cols = problem.cols, cols_padded = problem.strips * kStripCols, groups = problem.groups;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t g = row / kSolverLanes, lane = row % kSolverLanes, n = first + row;
+    const uint8_t* codes = b.codes.get() + g * cols_padded * kSolverLanes + lane;
+    for (int64_t k = 0; k < cols; ++k) a.codes[n * cols + k] = codes[k * kSolverLanes];
+    if (a.loss) a.loss[n] = b.loss[row];
+    for (int64_t i = 0; i < groups && !problem.static_grids; ++i) {
+      const int64_t at = (g * groups + i) * kSolverLanes + lane;
+      a.scales[n * groups + i] = b.scales[at];
+      if (a.zeros) a.zeros[n * groups + i] = uint8_t(b.zeros[at]);
+    }
+  }
+}
+
+// Rows in panels of equal size, as many panels a thread as kPanelLaneGroups makes necessary.
+int64_t lane_groups_of_a_panel(int64_t rows, int64_t threads) {
+  const int64_t lane_groups = ceil_div(rows, kSolverLanes);
+  const int64_t panels_a_thread = ceil_div(lane_groups, threads * kPanelLaneGroups);
+  return ceil_div(lane_groups, threads * panels_a_thread);
+}
+
+lowbit_status solve_panels(const Problem& problem, SolveKernel kernel, const float* factor, const int32_t* group_index, const Arrays& arrays) {
+  const int64_t threads = problem.rows * problem.cols < 1 << 14 ? 1 : executor_threads();
+  const int64_t lane_groups = lane_groups_of_a_panel(problem.rows, threads);
+  const int64_t panel_rows = lane_groups * kSolverLanes, panels = ceil_div(problem.rows, panel_rows);
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> no_memory{false};
+  const int parts = int(panels < threads ? panels : threads);
+  // Panels are taken one by one: a thread that another process slows down takes fewer.
+  auto work = [&] {
+    const PanelBuffers buffers(problem, lane_groups);
+    if (!buffers) {
+      no_memory = true;
+      return;
+    }
+    for (int64_t i = next++; i < panels; i = next++) {
+      const int64_t first = i * panel_rows, rows = problem.rows - first < panel_rows ? problem.rows - first : panel_rows;
+      const int64_t used = ceil_div(rows, kSolverLanes);
+      load_panel(problem, arrays, first, rows, used, buffers);
+      const SolvePanel panel = {problem.rule,        problem.static_grids,      problem.cols,       problem.group_size,
+                                problem.groups,      problem.block_size,        factor,             group_index,
+                                used,                buffers.weight.get(),      buffers.scales.get(), buffers.zeros.get(),
+                                buffers.codes.get(), buffers.loss.get(),        buffers.pushed.get()};
+      kernel(&panel);
+      store_panel(problem, arrays, first, rows, buffers);
+    }
+  };
+  if (parts == 1)
+    work();
+  else
+    run_parts(parts, [](void* argument, int, int) { (*static_cast<decltype(work)*>(argument))(); }, &work);
+  if (no_memory) return fail(LOWBIT_OUT_OF_MEMORY, "gptq: no memory for a panel of %" PRId64 " x %" PRId64, panel_rows, problem.cols);
+  return LOWBIT_OK;
+}
+
+}  // namespace
+}  // namespace lowbit
+
+extern "C" lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, int64_t rows, int64_t cols, float* weight,
+                                           const float* factor, const int32_t* group_index, uint8_t* codes,
+                                           float* scales, uint8_t* zeros, double* loss) {
+  using namespace lowbit;
+  if (!options || !weight || !factor || !codes || !scales)
+    return fail(LOWBIT_INVALID_ARGUMENT, "gptq: expected pointers to options, weight, factor, codes and scales, got NULL");
+  Problem problem;
+  if (lowbit_status status = normalise(*options, rows, cols, &problem)) return status;
+  if (!problem.rule.symmetric && !zeros)
+    return fail(LOWBIT_INVALID_ARGUMENT, "zeros: expected a pointer for an asymmetric grid, got NULL");
+  if (lowbit_status status = check_group_index(problem, group_index)) return status;
+  if (lowbit_status status = check_static_grids(problem, scales, zeros)) return status;
+  if (lowbit_status status = check_weight(problem, weight)) return status;
+  if (lowbit_status status = check_diagonal(problem, factor)) return status;
+  Isa isa;
+  if (lowbit_status status = allowed_isa(&isa)) return status;
+  const Buffer<float> strips = allocate<float>(strip_offset(problem.strips));
+  if (!strips) return fail(LOWBIT_OUT_OF_MEMORY, "gptq: no memory for a factor of %" PRId64 " columns", cols);
+  pack_factor(problem, factor, strips.get());
+  const SolveKernel kernel = isa == Isa::avx512vnni ? gptq_solve__avx512vnni : isa == Isa::avx2 ? gptq_solve__avx2 : gptq_solve__ref;
+  return solve_panels(problem, kernel, strips.get(), group_index, {weight, codes, scales, zeros, loss});
+}
