@@ -1,0 +1,452 @@
+"""The noun: `PackedMatrix`, a [rows, cols] matrix of low-bit codes in the line layout (docs/formats.md section 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lowbit import _C
+
+FORMATS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
+SCALE_DTYPES = {torch.float32: _C.F32, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
+FLOAT_DTYPES = SCALE_DTYPES
+ID_DTYPES = {torch.int32: _C.I32, torch.int64: _C.I64}
+ACTIVATIONS = {"float": 0, "int8": 1}
+ID_POLICIES = {"error": 0, "zero": 1, "clamp": 2}
+LINE_BYTES = 64
+
+
+def format_bits(format: str) -> int:
+    """Width of a format's codes in bits. Raises ValueError for a name that is none of FORMATS."""
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    return FORMATS[format]
+
+
+def normalise_group_size(group_size: int, cols: int) -> int:
+    """-1 becomes `cols`. Raises ValueError for anything but a multiple of 16 up to cols, or cols."""
+    group_size = cols if group_size == -1 else group_size
+    if group_size != cols and not (16 <= group_size <= cols and group_size % 16 == 0):
+        raise ValueError(
+            f"group_size: expected -1, a multiple of 16 up to cols ({cols}), or cols, got {group_size}"
+        )
+    return group_size
+
+
+def empty_codes(rows: int, lines: int) -> torch.Tensor:
+    """Zeroed uint8 [rows, lines, 64] on the CPU, 64-byte aligned and on huge pages where the system gives them."""
+    size = rows * lines * LINE_BYTES
+    return torch.frombuffer(_C.Buffer(size), dtype=torch.uint8, count=size).view(rows, lines, LINE_BYTES)
+
+
+def lookup(table: dict, key, name: str) -> int:
+    """table[key], or a ValueError/TypeError that lists what was expected."""
+    try:
+        return table[key]
+    except KeyError:
+        error = TypeError if isinstance(key, torch.dtype) else ValueError
+        raise error(f"{name}: expected one of {', '.join(map(str, table))}, got {key!r}") from None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How to read a matrix's bytes: what a kernel needs beside the tensors."""
+
+    format: str
+    cols: int
+    group_size: int
+
+
+def matrix_view(codes, scales, zeros, perm, layout: Layout) -> _C.Matrix:
+    """A `_C.Matrix` over the tensors' memory, after checking their types and shapes.
+
+    Cheap (no value is read except perm's range, by the verbs): ops build one a call. The caller keeps the tensors alive.
+    """
+    bits = format_bits(layout.format)
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes: expected dtype torch.uint8, got {codes.dtype}")
+    lines = _C.row_lines(bits, layout.cols)
+    if codes.ndim != 3 or codes.shape[1] != lines or codes.shape[2] != LINE_BYTES:
+        raise ValueError(
+            f"codes: expected shape [rows, {lines}, {LINE_BYTES}] for {layout.format} with {layout.cols} columns, "
+            f"got {list(codes.shape)}"
+        )
+    if scales.ndim != 2:
+        raise ValueError(f"scales: expected 2 dimensions, got {scales.ndim}")
+    for name, tensor in (("codes", codes), ("scales", scales), ("zeros", zeros), ("perm", perm)):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            raise NotImplementedError(
+                f"{name}: expected a CPU tensor (this build has no CUDA library), got {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
+        raise ValueError(
+            f"zeros: expected torch.uint8 of the scales' shape {list(scales.shape)}, got {zeros.dtype} {list(zeros.shape)}"
+        )
+    if perm is not None and (perm.dtype != torch.int32 or list(perm.shape) != [layout.cols]):
+        raise ValueError(f"perm: expected torch.int32 [{layout.cols}], got {perm.dtype} {list(perm.shape)}")
+    return _C.Matrix(
+        format=bits,
+        rows=codes.shape[0],
+        cols=layout.cols,
+        group_size=layout.group_size,
+        codes=codes.data_ptr(),
+        scales=scales.data_ptr(),
+        scale_dtype=lookup(SCALE_DTYPES, scales.dtype, "scales dtype"),
+        scale_rows=scales.shape[0],
+        scale_cols=scales.shape[1],
+        zeros=0 if zeros is None else zeros.data_ptr(),
+        perm=0 if perm is None else perm.data_ptr(),
+    )
+
+
+class PackedMatrix:
+    """W[n, k] = scales[n, k // group_size] * (code[n, k] - zeros[n, k // group_size]), codes of 2, 3, 4 or 8 bits.
+
+    Attributes:
+        codes: uint8 [rows, lines, 64], the line layout. Shared, never copied, by every view of the matrix.
+        scales: float32, float16 or bfloat16 [rows, groups], or [rows, 1], or [1, 1] with one group a row.
+        zeros: uint8 of the scales' shape, or None: 2**(bits - 1) everywhere (symmetric).
+        perm: int32 [cols] or None; column j of the packed matrix is column perm[j] of the original.
+        format: "int2", "int3", "int4" or "int8".
+        rows, cols: out_features (or vocabulary) and in_features.
+        group_size: columns that share a scale, a multiple of 16 or `cols`.
+
+    Raises ValueError or TypeError when shapes, dtypes or (with `validate`) values are not those of a matrix.
+    """
+
+    def __init__(self, codes, scales, zeros=None, perm=None, *, format, cols, group_size=-1, validate=True):
+        cols = int(cols)
+        if cols < 1:
+            raise ValueError(f"cols: expected at least 1, got {cols}")
+        self.layout = Layout(format, cols, normalise_group_size(int(group_size), cols))
+        self.codes, self.scales, self.zeros, self.perm = codes, scales, zeros, perm
+        matrix_view(codes, scales, zeros, perm, self.layout).check(validate)
+
+    # -- pack ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_float(
+        cls, weight, format, group_size=-1, *, symmetric=True, scale_dtype=torch.float16, clip=False
+    ):
+        """Round-to-nearest packing of `weight` [rows, cols] (float32, float16 or bfloat16).
+
+        symmetric: one scale 2*max|w|/(2**bits - 1) a group, zero 2**(bits-1); else a zero point a group too.
+        clip: search, for each group, the clipping that minimises sum |error|**2.4.
+        Scales are rounded to scale_dtype before codes are chosen. Raises ValueError on non-finite weights.
+        """
+        weight = as_tensor(weight, "weight")
+        bits, rows, cols = format_bits(format), *matrix_shape(weight, "weight")
+        group_size = normalise_group_size(int(group_size), cols)
+        weight = weight if weight.stride(1) == 1 and weight.stride(0) >= cols else weight.contiguous()
+        groups = -(-cols // group_size)
+        codes = empty_codes(rows, _C.row_lines(bits, cols))
+        scales = torch.empty(rows, groups, dtype=scale_dtype)
+        zeros = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8)
+        _C.pack_float(
+            format=bits,
+            rows=rows,
+            cols=cols,
+            group_size=group_size,
+            src=weight.data_ptr(),
+            src_dtype=lookup(FLOAT_DTYPES, weight.dtype, "weight dtype"),
+            src_stride=weight.stride(0) if rows > 1 else cols,
+            scale_dtype=lookup(SCALE_DTYPES, scale_dtype, "scale_dtype"),
+            clip=bool(clip),
+            codes=codes.data_ptr(),
+            scales=scales.data_ptr(),
+            zeros=0 if zeros is None else zeros.data_ptr(),
+        )
+        return cls(codes, scales, zeros, format=format, cols=cols, group_size=group_size, validate=False)
+
+    @classmethod
+    def from_codes(cls, codes, scales, zeros=None, perm=None, *, format, group_size=-1):
+        """Packs unpacked codes uint8 [rows, cols], already in packed column order, beside their scales (and zeros, perm).
+
+        Raises IndexError for a code above 2**bits - 1, ValueError or TypeError for anything else that does not fit.
+        """
+        codes = as_tensor(codes, "codes")
+        if codes.dtype != torch.uint8:
+            raise TypeError(f"codes: expected dtype torch.uint8, got {codes.dtype}")
+        codes = codes.contiguous()
+        bits, rows, cols = format_bits(format), *matrix_shape(codes, "codes")
+        lines = empty_codes(rows, _C.row_lines(bits, cols))
+        scales = as_tensor(scales, "scales").contiguous()
+        zeros = None if zeros is None else as_tensor(zeros, "zeros").contiguous()
+        perm = None if perm is None else as_tensor(perm, "perm").contiguous()
+        packed = cls(lines, scales, zeros, perm, format=format, cols=cols, group_size=group_size)
+        packed._view().pack_codes(codes.data_ptr(), lines.data_ptr())
+        return packed
+
+    @classmethod
+    def from_gptq(cls, qweight, qzeros, scales, g_idx=None, *, bits, group_size, version):
+        """Reads a GPTQ checkpoint's tensors (docs/formats.md section 2).
+
+        qweight int32 [cols*bits/32, rows], qzeros int32 [groups, rows*bits/32], scales float [groups, rows], g_idx int32 [cols]
+        or None; version 1 stores zero - 1, version 2 the zero. A plain g_idx needs no permutation; act-order's becomes `perm`,
+        provided each group has exactly group_size columns. Raises ValueError for shapes or values that do not fit, and for a
+        v1 zero word that writers disagree about.
+        """
+        format = f"int{bits}"
+        format_bits(format)
+        for name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
+            if tensor.dtype != torch.int32 or tensor.ndim != 2:
+                raise ValueError(
+                    f"{name}: expected torch.int32 with 2 dimensions, got {tensor.dtype} {list(tensor.shape)}"
+                )
+        if qweight.shape[0] * 32 % bits:
+            raise ValueError(f"qweight: expected a multiple of {bits} rows of words, got {qweight.shape[0]}")
+        rows, cols = qweight.shape[1], qweight.shape[0] * 32 // bits
+        group_size = normalise_group_size(group_size, cols)
+        groups = -(-cols // group_size)
+        for name, tensor, expected in (
+            ("scales", scales, [groups, rows]),
+            ("qzeros", qzeros, [groups, rows * bits // 32]),
+        ):
+            if list(tensor.shape) != expected:
+                raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
+        qweight, qzeros = qweight.contiguous(), qzeros.contiguous()
+        codes = torch.empty(rows, cols, dtype=torch.uint8)
+        zeros = torch.empty(rows, groups, dtype=torch.uint8)
+        _C.gptq_read_weight(bits, rows, cols, qweight.data_ptr(), codes.data_ptr())
+        _C.gptq_read_zeros(bits, version, rows, groups, qzeros.data_ptr(), zeros.data_ptr())
+        perm = None if g_idx is None else perm_from_g_idx(g_idx, cols, group_size)
+        codes = codes if perm is None else codes[:, perm.long()]
+        zeros = None if bool((zeros == 1 << (bits - 1)).all()) else zeros
+        return cls.from_codes(codes, scales.t(), zeros, perm, format=format, group_size=group_size)
+
+    def to_gptq(self, version=2) -> dict[str, torch.Tensor]:
+        """The tensors qweight, qzeros, scales and g_idx of a GPTQ checkpoint. Codes and scales are kept exactly.
+
+        Raises ValueError where the format cannot hold the matrix: rows or cols not multiples of 32, one scale a tensor's
+        worth ([1, 1]) with more than one row is expanded; a zero point of 0 needs version 2.
+        """
+        for name, size in (("in_features", self.cols), ("out_features", self.rows)):
+            if size % 32:
+                raise ValueError(f"{name}: expected a multiple of 32 in a GPTQ checkpoint, got {size}")
+        groups = -(-self.cols // self.group_size)
+        codes = self.unpack_codes()
+        g_idx = torch.arange(self.cols, dtype=torch.int32) // self.group_size
+        if self.perm is not None:
+            original = torch.empty_like(codes)
+            original[:, self.perm.long()] = codes
+            order = torch.empty_like(g_idx)
+            order[self.perm.long()] = g_idx
+            codes, g_idx = original, order
+        zeros = self.zeros
+        if zeros is None:
+            zeros = torch.full_like(self.scales, 1 << (self.bits - 1), dtype=torch.uint8)
+        zeros, scales = (t.expand(self.rows, groups).contiguous() for t in (zeros, self.scales))
+        qweight = torch.empty(self.cols * self.bits // 32, self.rows, dtype=torch.int32)
+        qzeros = torch.empty(groups, self.rows * self.bits // 32, dtype=torch.int32)
+        _C.gptq_write_weight(self.bits, self.rows, self.cols, codes.data_ptr(), qweight.data_ptr())
+        _C.gptq_write_zeros(self.bits, version, self.rows, groups, zeros.data_ptr(), qzeros.data_ptr())
+        return {"qweight": qweight, "qzeros": qzeros, "scales": scales.t().contiguous(), "g_idx": g_idx}
+
+    # -- unpack --------------------------------------------------------------------------------------------------
+
+    def unpack(self, dtype=torch.float32, rows: slice | None = None) -> torch.Tensor:
+        """Dense [rows, cols] in original column order; `rows` a slice of step 1 picks some."""
+        begin, end = row_range(rows, self.rows)
+        out = torch.empty(end - begin, self.cols, dtype=dtype)
+        self._view().unpack(begin, end, out.data_ptr(), lookup(FLOAT_DTYPES, dtype, "dtype"), self.cols)
+        return out
+
+    def unpack_codes(self, rows: slice | None = None) -> torch.Tensor:
+        """uint8 [rows, cols], one code a byte, in packed column order."""
+        begin, end = row_range(rows, self.rows)
+        out = torch.empty(end - begin, self.cols, dtype=torch.uint8)
+        self._view().unpack_codes(begin, end, out.data_ptr())
+        return out
+
+    # -- matmul and gather ---------------------------------------------------------------------------------------
+
+    def matmul(self, x, bias=None, activations="float"):
+        """x @ W.T + bias: x [..., cols] float32, float16 or bfloat16 -> [..., rows] of x's dtype.
+
+        activations "float" represents x as 16-bit fixed point per group (docs/numerics.md), "int8" as 8-bit.
+        The result does not depend on threads, instruction set or batch size. Anything that speaks DLPack is taken; a
+        NumPy array comes back as one.
+        """
+        return like_input(
+            x, torch.ops.lowbit.matmul, self, None if bias is None else as_tensor(bias, "bias"), activations
+        )
+
+    def gather(self, ids, dtype=torch.float32, policy="error", out=None):
+        """Rows of W: ids int32 or int64 of any shape -> [*ids.shape, cols] in `dtype`, or into `out` of that shape.
+
+        policy: what an id outside [0, rows) does: "error" raises IndexError, "zero" gives zeros, "clamp" the nearest row.
+        """
+        ids = as_tensor(ids, "ids")
+        if out is None:
+            return torch.ops.lowbit.gather(
+                ids,
+                self.codes,
+                self.scales,
+                self.zeros,
+                self.perm,
+                self.format,
+                self.cols,
+                self.group_size,
+                dtype,
+                policy,
+            )
+        return gather_into(self, ids, out, policy)
+
+    # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> str:
+        return self.layout.format
+
+    @property
+    def bits(self) -> int:
+        return FORMATS[self.layout.format]
+
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return self.layout.cols
+
+    @property
+    def group_size(self) -> int:
+        return self.layout.group_size
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.cols
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that exist, by the suffix they have in a file: weight, weight_scale, weight_zero, weight_perm."""
+        named = {
+            "weight": self.codes,
+            "weight_scale": self.scales,
+            "weight_zero": self.zeros,
+            "weight_perm": self.perm,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales, zeros and perm."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / (self.rows * self.cols)
+
+    def equal(self, other: PackedMatrix) -> bool:
+        """Whether every byte of both is the same: layout, codes, scales, zeros and perm."""
+        mine, theirs = self.tensors, other.tensors
+        return (
+            self.layout == other.layout
+            and mine.keys() == theirs.keys()
+            and all(mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine)
+        )
+
+    def __repr__(self) -> str:
+        details = [f"{self.rows}x{self.cols}", self.format, f"group_size={self.group_size}"]
+        details += [name for name in ("zeros", "perm") if getattr(self, name) is not None]
+        return f"PackedMatrix({', '.join(details)}, {self.bits_per_weight:.2f} bits/weight)"
+
+    def _view(self) -> _C.Matrix:
+        return matrix_view(self.codes, self.scales, self.zeros, self.perm, self.layout)
+
+
+def as_tensor(array, name: str) -> torch.Tensor:
+    """A torch tensor over the same memory as anything that speaks DLPack (NumPy, JAX, CuPy arrays), on the CPU."""
+    if not isinstance(array, torch.Tensor):
+        if not hasattr(array, "__dlpack__"):
+            raise TypeError(
+                f"{name}: expected a tensor or an array that speaks DLPack, got {type(array).__name__}"
+            )
+        array = torch.from_dlpack(array)
+    if array.device.type != "cpu":
+        raise NotImplementedError(
+            f"{name}: expected a CPU tensor (this build has no CUDA library), got {array.device}"
+        )
+    return array.detach()
+
+
+def like_input(x, matmul, packed: PackedMatrix, bias, activations):
+    """Runs the matmul op; NumPy in, NumPy out, anything else a torch tensor."""
+    tensor = x if isinstance(x, torch.Tensor) else as_tensor(x, "x")
+    y = matmul(
+        tensor,
+        packed.codes,
+        packed.scales,
+        packed.zeros,
+        packed.perm,
+        bias,
+        packed.format,
+        packed.cols,
+        packed.group_size,
+        activations,
+    )
+    return y.numpy() if type(x).__module__ == "numpy" else y
+
+
+def gather_into(packed: PackedMatrix, ids: torch.Tensor, out: torch.Tensor, policy: str) -> torch.Tensor:
+    if list(out.shape) != [*ids.shape, packed.cols] or not out.is_contiguous():
+        raise ValueError(
+            f"out: expected a contiguous {[*ids.shape, packed.cols]}, got {list(out.shape)} {out.stride()}"
+        )
+    ids = ids.contiguous()
+    packed._view().gather(
+        ids.data_ptr(),
+        lookup(ID_DTYPES, ids.dtype, "ids dtype"),
+        ids.numel(),
+        lookup(ID_POLICIES, policy, "policy"),
+        out.data_ptr(),
+        lookup(FLOAT_DTYPES, out.dtype, "out dtype"),
+        packed.cols,
+    )
+    return out
+
+
+def matrix_shape(tensor: torch.Tensor, name: str) -> tuple[int, int]:
+    if tensor.ndim != 2 or tensor.shape[0] < 1 or tensor.shape[1] < 1:
+        raise ValueError(f"{name}: expected shape [rows, cols], at least 1x1, got {list(tensor.shape)}")
+    return tensor.shape[0], tensor.shape[1]
+
+
+def row_range(rows: slice | None, count: int) -> tuple[int, int]:
+    begin, end, step = (rows or slice(None)).indices(count)
+    if step != 1:
+        raise ValueError(f"rows: expected a slice of step 1, got step {step}")
+    return begin, max(begin, end)
+
+
+def perm_from_g_idx(g_idx: torch.Tensor, cols: int, group_size: int) -> torch.Tensor | None:
+    """The stable order that brings the columns of each group together, or None when they already are.
+
+    Negative entries count from the end, as readers of the format agree. Raises ValueError when a group does not have
+    exactly group_size columns (the last: what is left), for such a matrix is no PackedMatrix.
+    """
+    if list(g_idx.shape) != [cols] or g_idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"g_idx: expected int32 [{cols}], got {g_idx.dtype} {list(g_idx.shape)}")
+    groups = -(-cols // group_size)
+    g_idx = torch.where(g_idx < 0, g_idx + groups, g_idx).long()
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise ValueError(
+            f"g_idx: expected groups in [-{groups}, {groups}), got [{int(g_idx.min())}, {int(g_idx.max())}]"
+        )
+    plain = torch.arange(cols) // group_size
+    if torch.equal(g_idx, plain):
+        return None
+    sizes = torch.bincount(g_idx, minlength=groups)
+    expected = torch.bincount(plain, minlength=groups)
+    if not torch.equal(sizes, expected):
+        bad = int((sizes != expected).nonzero()[0])
+        raise ValueError(
+            f"g_idx: expected {int(expected[bad])} columns in group {bad}, got {int(sizes[bad])}"
+        )
+    return torch.argsort(g_idx, stable=True).to(torch.int32)

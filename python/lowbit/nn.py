@@ -1,0 +1,191 @@
+"""Modules over a PackedMatrix: drop-in `Linear` and `Embedding` whose weight is packed, or float, and can be swapped.
+
+Tensors are registered under the names they have in a file: `weight` (the uint8 codes, so that tying by the name
+`weight` keeps working), `weight_scale`, `weight_zero`, `weight_perm`. An embedding and a head made from one PackedMatrix
+share its tensors: one allocation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import ops  # noqa: F401  (registers torch.ops.lowbit)
+from lowbit.matrix import ACTIVATIONS, Layout, PackedMatrix, lookup
+
+_SIDE_TENSORS = ("weight_scale", "weight_zero", "weight_perm")
+
+
+class PackedModule(nn.Module):
+    """A module with one [rows, cols] weight: a PackedMatrix, a float Parameter, or none while unloaded.
+
+    Attributes:
+        layout: format, columns and group size of the packed weight; None when the weight is float or absent.
+    """
+
+    def __init__(self, rows: int, cols: int):
+        super().__init__()
+        self._shape = (rows, cols)
+        self._clear()
+
+    @property
+    def packed(self) -> PackedMatrix | None:
+        """The packed weight, over this module's own tensors; None when the weight is float or absent."""
+        if self.layout is None:
+            return None
+        tensors = (self.weight, self.weight_scale, self.weight_zero, self.weight_perm)
+        layout = self.layout
+        return PackedMatrix(
+            *tensors, format=layout.format, cols=layout.cols, group_size=layout.group_size, validate=False
+        )
+
+    def load(self, weight: PackedMatrix | Tensor) -> None:
+        """Replaces the weight: a PackedMatrix (shared, not copied) or a float tensor [rows, cols].
+
+        Raises ValueError for another shape, TypeError for another kind of object; the old weight then stays.
+        """
+        if not isinstance(weight, PackedMatrix | Tensor):
+            raise TypeError(f"weight: expected a PackedMatrix or a tensor, got {type(weight).__name__}")
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            raise TypeError(
+                f"weight: expected a float tensor or a PackedMatrix, got a tensor of {weight.dtype}"
+            )
+        if tuple(weight.shape) != self._shape:
+            raise ValueError(f"weight: expected shape {list(self._shape)}, got {list(weight.shape)}")
+        self._clear()
+        if isinstance(weight, PackedMatrix):
+            self.layout = weight.layout
+            for name, tensor in weight.tensors.items():
+                self.register_buffer(name, tensor)
+        else:
+            self._buffers.pop("weight")
+            self.weight = (
+                weight
+                if isinstance(weight, nn.Parameter)
+                else nn.Parameter(weight.detach(), requires_grad=False)
+            )
+
+    def unload(self) -> PackedMatrix | Tensor | None:
+        """Takes the weight out and returns it; forward raises RuntimeError until the next load()."""
+        held = self.packed if self.layout is not None else self.weight
+        self._clear()
+        return held
+
+    def _clear(self) -> None:
+        self.layout: Layout | None = None
+        for name in ("weight", *_SIDE_TENSORS):
+            self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
+            self.register_buffer(name, None)
+
+    def _require_weight(self) -> None:
+        if self.weight is None:
+            raise RuntimeError(f"{type(self).__name__}: no weight is loaded; call load(...) first")
+
+    def _weight_repr(self) -> str:
+        if self.layout is not None:
+            return f"{self.layout.format}, group_size={self.layout.group_size}"
+        return "unloaded" if self.weight is None else str(self.weight.dtype)
+
+
+class Linear(PackedModule):
+    """y = x W^T + bias for x [..., in_features] of float32, float16 or bfloat16; y [..., out_features] of the same dtype.
+
+    activations: "float" (16-bit fixed point per group, error about 4e-5 of the product) or "int8".
+    Gradients flow to x and bias; a packed weight is frozen.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: Tensor | None = None, activations: str = "float"
+    ):
+        super().__init__(out_features, in_features)
+        lookup(ACTIVATIONS, activations, "activations")
+        if bias is not None and list(bias.shape) != [out_features]:
+            raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
+        self.in_features, self.out_features, self.activations = in_features, out_features, activations
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedMatrix, bias: Tensor | None = None, activations: str = "float"
+    ) -> Linear:
+        module = cls(packed.cols, packed.rows, bias, activations)
+        module.load(packed)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        layout = self.layout
+        if layout is None:
+            self._require_weight()
+            return nn.functional.linear(x, self.weight, self.bias)
+        return torch.ops.lowbit.matmul(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero,
+            self.weight_perm,
+            self.bias,
+            layout.format,
+            layout.cols,
+            layout.group_size,
+            self.activations,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self._weight_repr()}"
+        )
+
+
+class Embedding(PackedModule):
+    """out = W[ids] in `dtype`, times `embed_scale` if there is one (Gemma); ids int32 or int64 of any shape.
+
+    An id outside [0, num_embeddings) raises IndexError. `padding_idx` is kept for those who ask the module for it.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        embed_scale: float | None = None,
+    ):
+        super().__init__(num_embeddings, embedding_dim)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.dtype, self.embed_scale = padding_idx, dtype, embed_scale
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedMatrix, padding_idx=None, dtype=torch.float32, embed_scale=None
+    ) -> Embedding:
+        module = cls(packed.rows, packed.cols, padding_idx, dtype, embed_scale)
+        module.load(packed)
+        return module
+
+    def forward(self, ids: Tensor) -> Tensor:
+        layout = self.layout
+        if layout is None:
+            self._require_weight()
+            out = nn.functional.embedding(ids, self.weight, self.padding_idx)
+        else:
+            out = torch.ops.lowbit.gather(
+                ids,
+                self.weight,
+                self.weight_scale,
+                self.weight_zero,
+                self.weight_perm,
+                layout.format,
+                layout.cols,
+                layout.group_size,
+                self.dtype,
+                "error",
+            )
+        # The factor is rounded to the output dtype first, as models that scale their embeddings do.
+        return out if self.embed_scale is None else out * torch.tensor(self.embed_scale, dtype=out.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._weight_repr()}"
