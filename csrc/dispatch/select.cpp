@@ -31,8 +31,9 @@ const Row kTable[] = {
 };
 constexpr int kRows = sizeof kTable / sizeof kTable[0];
 
-constexpr const char* kVerbs[] = {"activations", "matmul", "gather", "store"};
-thread_local const char* last_kernel[4] = {"", "", "", ""};
+constexpr const char* kVerbs[] = {"activations", "matmul", "gather", "store", "solve"};
+constexpr int kVerbCount = sizeof kVerbs / sizeof kVerbs[0];
+thread_local const char* last_kernel[kVerbCount] = {"", "", "", "", ""};
 
 const Row* find(Verb verb, int bits, Isa isa) {
   for (const Row& row : kTable)
@@ -41,7 +42,7 @@ const Row* find(Verb verb, int bits, Isa isa) {
 }
 
 int verb_index(const char* verb) {
-  for (int i = 0; verb && i < 4; i++)
+  for (int i = 0; verb && i < kVerbCount; i++)
     if (!strcmp(verb, kVerbs[i])) return i;
   return -1;
 }
@@ -63,6 +64,7 @@ template lowbit_status select<Verb::activations>(int, ActivationsKernel*);
 template lowbit_status select<Verb::matmul>(int, MatmulKernel*);
 template lowbit_status select<Verb::gather>(int, GatherKernel*);
 template lowbit_status select<Verb::store>(int, StoreKernel*);
+template lowbit_status select<Verb::solve>(int, SolveKernel*);
 
 // Below this many tokens most lanes of a tile would idle, and a row kernel called once a token is faster.
 constexpr int64_t kTileTokens = 8;

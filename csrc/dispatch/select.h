@@ -3,10 +3,11 @@
 
 #include "cpu/kernel.h"
 #include "dispatch/isa.h"
+#include "solver/kernel.h"
 
 namespace lowbit {
 
-enum class Verb { activations, matmul, gather, store };
+enum class Verb { activations, matmul, gather, store, solve };
 
 template <Verb V>
 struct KernelOf;
@@ -25,6 +26,10 @@ struct KernelOf<Verb::gather> {
 template <>
 struct KernelOf<Verb::store> {
   using Type = StoreKernel;
+};
+template <>
+struct KernelOf<Verb::solve> {
+  using Type = SolveKernel;
 };
 
 // Writes the best allowed kernel of a verb for a width (0: the verb has none) and records it as the thread's last one.

@@ -149,6 +149,22 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group_size"), py::arg("src"), py::arg("src_dtype"),
         py::arg("src_stride"), py::arg("scale_dtype"), py::arg("clip"), py::arg("codes"), py::arg("scales"), py::arg("zeros"));
 
+  m.def("gptq_solve",
+        [](int format, int64_t rows, int64_t cols, int64_t group_size, bool symmetric, bool clip, bool static_grids, int scale_dtype,
+           int64_t block_size, uintptr_t weight, uintptr_t factor, uintptr_t group_index, uintptr_t codes, uintptr_t scales,
+           uintptr_t zeros, uintptr_t loss) {
+          const lowbit_gptq_options options = {lowbit_format(format), group_size,      symmetric, clip, static_grids,
+                                               lowbit_dtype(scale_dtype), block_size};
+          run([&] {
+            return lowbit_gptq_solve(&options, rows, cols, pointer<float>(weight), pointer<const float>(factor),
+                                     pointer<const int32_t>(group_index), pointer<uint8_t>(codes), pointer<float>(scales),
+                                     pointer<uint8_t>(zeros), pointer<double>(loss));
+          });
+        },
+        py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group_size"), py::arg("symmetric"), py::arg("clip"),
+        py::arg("static_grids"), py::arg("scale_dtype"), py::arg("block_size"), py::arg("weight"), py::arg("factor"),
+        py::arg("group_index"), py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("loss"));
+
   m.def("gptq_read_weight",
         [](int bits, int64_t rows, int64_t cols, uintptr_t words, uintptr_t codes) {
           run([&] { return lowbit_gptq_read_weight(bits, rows, cols, pointer<const int32_t>(words), pointer<uint8_t>(codes)); });

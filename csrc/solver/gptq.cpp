@@ -9,16 +9,12 @@
 #include <memory>
 
 #include "api/status.h"
-#include "dispatch/isa.h"
 #include "dispatch/parallel.h"
+#include "dispatch/select.h"
 #include "lowbit/formats.h"
 #include "solver/kernel.h"
 
 namespace lowbit {
-
-void gptq_solve__ref(const SolvePanel*);
-void gptq_solve__avx2(const SolvePanel*);
-void gptq_solve__avx512vnni(const SolvePanel*);
 
 namespace {
 
@@ -260,11 +256,10 @@ extern "C" lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, i
   if (lowbit_status status = check_static_grids(problem, scales, zeros)) return status;
   if (lowbit_status status = check_weight(problem, weight)) return status;
   if (lowbit_status status = check_diagonal(problem, factor)) return status;
-  Isa isa;
-  if (lowbit_status status = allowed_isa(&isa)) return status;
+  SolveKernel kernel;
+  if (lowbit_status status = select<Verb::solve>(0, &kernel)) return status;
   const Buffer<float> strips = allocate<float>(strip_offset(problem.strips));
   if (!strips) return fail(LOWBIT_OUT_OF_MEMORY, "gptq: no memory for a factor of %" PRId64 " columns", cols);
   pack_factor(problem, factor, strips.get());
-  const SolveKernel kernel = isa == Isa::avx512vnni ? gptq_solve__avx512vnni : isa == Isa::avx2 ? gptq_solve__avx2 : gptq_solve__ref;
   return solve_panels(problem, kernel, strips.get(), group_index, {weight, codes, scales, zeros, loss});
 }
