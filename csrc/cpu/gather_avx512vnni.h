@@ -1,0 +1,204 @@
+// out[i,k] = s[n,g] * float(code[n,k] - zero[n,g]), n = ids[i], rounded once to fp32, fp16 or bf16, on AVX-512.
+//
+// Codes of up to 4 bits look their value up: the 16 values of a group are computed and rounded once, then a register of
+// codes becomes 32 halves (vpermw) or 16 floats (vpermps). int8 computes them. A row is a plane of 64 codes at a time;
+// the lines of the next row are prefetched meanwhile. Bound by the memory: the output is 4 to 8 times the codes.
+#ifndef LOWBIT_CPU_GATHER_AVX512VNNI_H
+#define LOWBIT_CPU_GATHER_AVX512VNNI_H
+
+#include <string.h>
+
+#include "cpu/planes_avx512.h"
+
+namespace lowbit {
+namespace {
+
+LOWBIT_INLINE __m256i to_bf16(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+  const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(even, nan, quiet));
+}
+
+LOWBIT_INLINE __m256i to_half(__m512 v, lowbit_dtype dtype) {
+  return dtype == LOWBIT_F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : to_bf16(v);
+}
+
+// Scale and zero of the group that holds the next 16 columns of a row, column by column.
+struct GroupCursor {
+  const lowbit_matrix* w;
+  int64_t base, end;  // index of the current group's scale; first column beyond the group
+  float scale;
+  int zero;
+
+  LOWBIT_INLINE void load() {
+    scale = _mm512_cvtss_f32(load_floats(w->scales, w->scale_dtype, base, 1));
+    if (w->zeros) zero = w->zeros[base];
+  }
+  LOWBIT_INLINE GroupCursor(const lowbit_matrix* w, int64_t row)
+      : w(w),
+        base((w->scale_rows == 1 ? 0 : row) * w->scale_cols),
+        end(w->scale_cols == 1 ? INT64_MAX : w->group_size),
+        zero(1 << (int(w->format) - 1)) {
+    load();
+  }
+  // Moves to the group of column k < cols, k = the last column asked for + 16; true if it is another one.
+  LOWBIT_INLINE bool advance(int64_t k) {
+    if (k < end) return false;
+    base++;
+    end += w->group_size;
+    load();
+    return true;
+  }
+};
+
+// Sixteen codes (one a 32-bit lane) to floats.
+LOWBIT_INLINE __m512 decode(__m512i codes, const GroupCursor& at) {
+  return _mm512_mul_ps(_mm512_set1_ps(at.scale), _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(at.zero))));
+}
+
+LOWBIT_INLINE __m512 group_table(const GroupCursor& at) {
+  return decode(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), at);
+}
+
+template <int i>
+LOWBIT_INLINE __m128i codes16(__m512i codes) {
+  return _mm512_extracti32x4_epi32(codes, i);
+}
+
+// Writes 64 columns of one row, in packed order, to out[0..count). The tables of the groups live in the decoder.
+template <int kBits, bool kHalf>
+struct RowDecoder {
+  static constexpr bool kTable = kBits <= 4;
+  GroupCursor at;
+  lowbit_dtype dtype;
+  __m512 floats;    // kTable, fp32: the values of the current group
+  __m512i halves;   // kTable, 16 bits: those of the groups of the next 16 and the following 16 columns
+
+  LOWBIT_INLINE RowDecoder(const lowbit_matrix* w, int64_t row, lowbit_dtype dtype)
+      : at(w, row), dtype(dtype), floats(group_table(at)), halves(_mm512_setzero_si512()) {
+    if (kTable && kHalf) halves = _mm512_broadcast_i64x4(to_half(floats, dtype));
+  }
+
+  // 32 columns to 16-bit floats.
+  LOWBIT_INLINE void half_block(__m256i codes, int64_t k, int64_t cols, uint16_t* out) {
+    const __mmask32 mask = cols - k >= 32 ? 0xFFFFFFFFu : (1u << (cols - k)) - 1;
+    __m512i values;
+    if constexpr (kTable) {
+      if (at.advance(k)) halves = _mm512_broadcast_i64x4(to_half(group_table(at), dtype));
+      const __m512i index = _mm512_cvtepu8_epi16(codes);
+      if (k + 16 < cols && at.advance(k + 16)) {
+        const __m256i next = to_half(group_table(at), dtype);
+        const __m512i both = _mm512_inserti64x4(halves, next, 1);
+        // vpermw indices: 0-15 the first group, 16-31 the second, for the second half of the lanes.
+        const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+        values = _mm512_permutexvar_epi16(_mm512_or_si512(index, second), both);
+        halves = _mm512_broadcast_i64x4(next);
+      } else {
+        values = _mm512_permutexvar_epi16(index, halves);
+      }
+    } else {
+      at.advance(k);
+      const __m256i first = to_half(decode(_mm512_cvtepu8_epi32(_mm256_castsi256_si128(codes)), at), dtype);
+      if (k + 16 < cols) at.advance(k + 16);
+      const __m256i next = to_half(decode(_mm512_cvtepu8_epi32(_mm256_extracti128_si256(codes, 1)), at), dtype);
+      values = _mm512_inserti64x4(_mm512_castsi256_si512(first), next, 1);
+    }
+    _mm512_mask_storeu_epi16(out, mask, values);
+  }
+
+  // 16 columns to fp32.
+  LOWBIT_INLINE void float_block(__m128i codes, int64_t k, int64_t cols, float* out) {
+    const bool moved = at.advance(k);
+    const __m512i index = _mm512_cvtepu8_epi32(codes);
+    __m512 values;
+    if constexpr (kTable) {
+      if (moved) floats = group_table(at);
+      values = _mm512_permutexvar_ps(index, floats);
+    } else {
+      values = decode(index, at);
+    }
+    _mm512_mask_storeu_ps(out, first_lanes(cols - k), values);
+  }
+
+  LOWBIT_INLINE void plane(__m512i codes, int64_t k, int64_t cols, void* out) {
+    if constexpr (kHalf) {
+      uint16_t* to = static_cast<uint16_t*>(out);
+      half_block(_mm512_castsi512_si256(codes), k, cols, to);
+      if (k + 32 < cols) half_block(_mm512_extracti64x4_epi64(codes, 1), k + 32, cols, to + 32);
+    } else {
+      float* to = static_cast<float*>(out);
+      float_block(codes16<0>(codes), k, cols, to);
+      if (k + 16 < cols) float_block(codes16<1>(codes), k + 16, cols, to + 16);
+      if (k + 32 < cols) float_block(codes16<2>(codes), k + 32, cols, to + 32);
+      if (k + 48 < cols) float_block(codes16<3>(codes), k + 48, cols, to + 48);
+    }
+  }
+};
+
+// One row, four planes at a time; `next` is the row decoded after it, whose lines are fetched meanwhile. With perm the
+// values of a plane are scattered to their original columns one by one.
+template <int kBits, bool kHalf, class Element>
+struct RowGather {
+  const lowbit_matrix* w;
+  RowDecoder<kBits, kHalf> decoder;
+  const uint8_t* codes;
+  Element* out;
+
+  template <int i>
+  LOWBIT_INLINE void planes(int64_t plane) {
+    if constexpr (i < 4) {
+      const int64_t k = (plane + i) * 64, cols = w->cols;
+      if (k >= cols) return;
+      const __m512i plane_codes = peel<kBits, 4, true, false, i>(codes, plane, row_planes(cols));
+      if (!w->perm) {
+        decoder.plane(plane_codes, k, cols, out + k);
+      } else {
+        alignas(64) Element values[64];
+        decoder.plane(plane_codes, k, cols, values);
+        for (int64_t j = 0; j < 64 && k + j < cols; j++) out[w->perm[k + j]] = values[j];
+      }
+      planes<i + 1>(plane);
+    }
+  }
+
+  LOWBIT_INLINE void row(const uint8_t* next, int64_t row_bytes) {
+    for (int64_t plane = 0; plane * 64 < w->cols; plane += 4) {
+      // Four planes are 32 * kBits bytes; their lines may be begun by the block before.
+      const int64_t begin = ceil_div(plane * 8 * kBits, kLineBytes) * kLineBytes;
+      for (int64_t at = begin; at < (plane + 4) * 8 * kBits && at < row_bytes; at += kLineBytes) prefetch(next + at);
+      planes<0>(plane);
+    }
+  }
+};
+
+template <int kBits, bool kHalf, class Element>
+void gather_rows(const lowbit_matrix* w, const int64_t* ids, int64_t count, Element* out, lowbit_dtype dtype,
+                 int64_t out_stride) {
+  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes;
+  for (int64_t i = 0; i < count; i++, out += out_stride) {
+    if (ids[i] < 0) {
+      memset(out, 0, size_t(w->cols) * sizeof(Element));
+      continue;
+    }
+    const uint8_t* codes = w->codes + ids[i] * row_bytes;
+    const uint8_t* next = i + 1 < count && ids[i + 1] >= 0 ? w->codes + ids[i + 1] * row_bytes : codes;
+    RowGather<kBits, kHalf, Element> gather = {w, RowDecoder<kBits, kHalf>(w, ids[i], dtype), codes, out};
+    gather.row(next, row_bytes);
+  }
+}
+
+template <int kBits>
+LOWBIT_INLINE void gather(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out, lowbit_dtype dtype,
+                          int64_t out_stride) {
+  if (dtype == LOWBIT_F32)
+    gather_rows<kBits, false>(w, ids, count, static_cast<float*>(out), dtype, out_stride);
+  else
+    gather_rows<kBits, true>(w, ids, count, static_cast<uint16_t*>(out), dtype, out_stride);
+}
+
+}  // namespace
+}  // namespace lowbit
+#endif

@@ -1,0 +1,295 @@
+// y[m,n] = sum_c fma chain of float(I[m,n,c]) * (s[n,g(c)] * step[m,c])   on AVX-512 VNNI, for every integer format.
+//
+// I[m,n,c] = sum over a chunk of (code - zero) * v, v = 256*high + low, is one exact integer (docs/numerics.md), so the
+// two loops below may sum it in any order; both then add chunk c to slot c % 16 in fp32 and end in the same tree.
+//
+// kRows, few tokens: one row of W against up to 4 tokens. A block is 16 chunks. Each plane register (64 codes) meets 64
+// digits in vpdpbusd; the registers of 16 chunks become one, lane j = chunk j, by a transposing add of 15 merges (two
+// shuffles and an add each), and scales, steps and sums are read as they lie. Bound by the memory: for int4 and two
+// digits a 64-byte line costs 4 vpdpbusd, 5 loads and about 6 other operations.
+//
+// kTiles, 16 tokens in the lanes: 8 rows of W are decoded to bytes in L1, 512 columns at a time; 4 codes are broadcast
+// to every token and meet the digits [k/4][16][4]: 2 vpdpbusd for a row, 4 columns and 16 tokens. The 16 slots of 8 rows
+// are 8 KB of L1. Bound by vpdpbusd (2 * N * K * M / 64 of them); decoding is about a tenth of that.
+#ifndef LOWBIT_CPU_MATMUL_AVX512VNNI_H
+#define LOWBIT_CPU_MATMUL_AVX512VNNI_H
+
+#include <string.h>
+
+#include "cpu/planes_avx512.h"
+
+namespace lowbit {
+namespace {
+
+// acc[0..15] added as the tree of docs/numerics.md.
+LOWBIT_INLINE float add_slots(__m512 acc) {
+  const __m256 a8 = _mm256_add_ps(_mm512_castps512_ps256(acc), _mm512_extractf32x8_ps(acc, 1));
+  const __m128 a4 = _mm_add_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps(a8, 1));
+  const __m128 a2 = _mm_add_ps(a4, _mm_movehl_ps(a4, a4));
+  return _mm_cvtss_f32(_mm_add_ss(a2, _mm_movehdup_ps(a2)));
+}
+
+// ---- few tokens: rows ----
+
+// One register for each pair of a row of W and a token.
+template <int kCount>
+struct Sums {
+  __m512i r[kCount];
+};
+
+// A step of the transposing add: lanes of `a` and `b` are added in pairs, so that after levels 1 and 2 lane i % 4 of
+// each 128-bit part belongs to register i of four, and after 3 and 4 part i / 4 to registers 4i .. 4i+3 in full.
+template <int kLevel>
+LOWBIT_INLINE __m512i merge(__m512i a, __m512i b) {
+  if constexpr (kLevel == 1) return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  if constexpr (kLevel == 2) return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+}
+
+// What a block of 16 chunks reads: the rows, the digits of the tokens at this block, where the row ends.
+template <int kRows, int kTokens>
+struct BlockOperands {
+  const uint8_t* row[kRows];
+  const int8_t* high[kTokens];
+  const int8_t* low[kTokens];
+  int64_t plane, planes;  // first plane of the block; planes that the row stores
+};
+
+template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens, bool kTail>
+struct Block {
+  static constexpr int kPlanes = kChunk / 4;                           // 16 chunks of kChunk codes
+  static constexpr int kLeafPlanes = kChunk == 128 ? 2 : 1;            // planes of one register of partial sums
+  static constexpr int kLevels = kChunk >= 64 ? 4 : kChunk == 32 ? 3 : 2;  // 16, 8 or 4 such registers
+  using S = Sums<kRows * kTokens>;
+  using Operands = BlockOperands<kRows, kTokens>;
+
+  // Partial sums of one or two planes: high digits first, times 256, then the low digits on top of them.
+  template <int kLeaf>
+  LOWBIT_INLINE static S leaf(const Operands& o) {
+    constexpr int p0 = kLeaf * kLeafPlanes;
+    const bool second = kLeafPlanes == 2 && (!kTail || o.plane + p0 + 1 < o.planes);
+    __m512i c0[kRows], c1[kRows];
+    for (int r = 0; r < kRows; r++) {
+      c0[r] = peel<kBits, kPlanes, kTail, true, p0>(o.row[r], o.plane, o.planes);
+      c1[r] = second ? peel<kBits, kPlanes, kTail, true, p0 + kLeafPlanes - 1>(o.row[r], o.plane, o.planes)
+                     : _mm512_setzero_si512();
+    }
+    S s;
+    for (int t = 0; t < kTokens; t++) {
+      for (int r = 0; r < kRows; r++) {
+        __m512i sum = _mm512_setzero_si512();
+        if (kTwoDigits) {
+          const int8_t* high = o.high[t] + p0 * 64;
+          sum = _mm512_dpbusd_epi32(sum, c0[r], _mm512_loadu_si512(high));
+          if (kLeafPlanes == 2) sum = _mm512_dpbusd_epi32(sum, c1[r], _mm512_loadu_si512(high + 64));
+          sum = _mm512_slli_epi32(sum, 8);
+        }
+        const int8_t* low = o.low[t] + p0 * 64;
+        sum = _mm512_dpbusd_epi32(sum, c0[r], _mm512_loadu_si512(low));
+        if (kLeafPlanes == 2) sum = _mm512_dpbusd_epi32(sum, c1[r], _mm512_loadu_si512(low + 64));
+        s.r[r * kTokens + t] = sum;
+      }
+    }
+    return s;
+  }
+
+  template <int kLevel, int kFirst>
+  LOWBIT_INLINE static S tree(const Operands& o) {
+    if constexpr (kLevel == 0) {
+      return leaf<kFirst>(o);
+    } else {
+      constexpr int kSecond = kFirst + (1 << (kLevel - 1));
+      S a = tree<kLevel - 1, kFirst>(o), b = {};
+      if (!kTail || o.plane + kSecond * kLeafPlanes < o.planes) b = tree<kLevel - 1, kSecond>(o);
+      for (int i = 0; i < kRows * kTokens; i++) a.r[i] = merge<kLevel>(a.r[i], b.r[i]);
+      return a;
+    }
+  }
+
+  // Lane j = sum(code * v) over chunk j of the block.
+  LOWBIT_INLINE static S chunk_sums(const Operands& o) {
+    S s = tree<kLevels, 0>(o);
+    if constexpr (kChunk <= 32) {
+      // A plane holds 2 or 4 chunks, so lanes are [half][plane] or [part][plane] within planes: put them in order.
+      const __m512i order = kChunk == 32 ? _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)
+                                         : _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+      for (int i = 0; i < kRows * kTokens; i++) s.r[i] = _mm512_permutexvar_epi32(order, s.r[i]);
+    }
+    return s;
+  }
+};
+
+template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
+LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, int64_t n, int64_t m, float* out,
+                                  int64_t out_stride) {
+  using Full = Block<kBits, kChunk, kTwoDigits, kRows, kTokens, false>;
+  using Tail = Block<kBits, kChunk, kTwoDigits, kRows, kTokens, true>;
+  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes;
+  const ChunkGrid grid(w, kChunk);
+  BlockOperands<kRows, kTokens> o;
+  o.planes = stored_planes<kBits>(w->cols);
+  for (int r = 0; r < kRows; r++) o.row[r] = w->codes + (n + r) * row_bytes;
+  const float* step = x->step + m * x->chunks_padded;
+  const int32_t* sum = x->sum + m * x->chunks_padded;
+  __m512 acc[kRows][kTokens];
+  for (int r = 0; r < kRows; r++)
+    for (int t = 0; t < kTokens; t++) acc[r][t] = _mm512_setzero_ps();
+
+  int64_t c = 0;
+  for (o.plane = 0; o.plane < o.planes; o.plane += Full::kPlanes, c += 16) {
+    for (int t = 0; t < kTokens; t++) {
+      o.high[t] = (kTwoDigits ? x->high : x->low) + (m + t) * x->cols_padded + o.plane * 64;
+      o.low[t] = x->low + (m + t) * x->cols_padded + o.plane * 64;
+    }
+    const auto sums = o.plane + Full::kPlanes <= o.planes ? Full::chunk_sums(o) : Tail::chunk_sums(o);
+    for (int r = 0; r < kRows; r++) {
+      const __m512 s = grid.scales(n + r, c);
+      const __m512i z = w->zeros ? grid.zeros(n + r, c) : _mm512_setzero_si512();
+      for (int t = 0; t < kTokens; t++) {
+        const __m512i v = _mm512_loadu_si512(sum + t * x->chunks_padded + c);
+        const __m512i zv = w->zeros ? _mm512_mullo_epi32(z, v) : _mm512_slli_epi32(v, kBits - 1);
+        const __m512 weight = _mm512_mul_ps(s, _mm512_loadu_ps(step + t * x->chunks_padded + c));
+        acc[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums.r[r * kTokens + t], zv)), weight, acc[r][t]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; r++)
+    for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride + r] = add_slots(acc[r][t]);
+}
+
+template <int kBits, int kChunk, bool kTwoDigits>
+void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
+  if (x->tokens == 1) {
+    int64_t n = n0;
+    for (; n + 2 <= n1; n += 2) rows_by_tokens<kBits, kChunk, kTwoDigits, 2, 1>(w, x, n, 0, out + n - n0, out_stride);
+    if (n < n1) rows_by_tokens<kBits, kChunk, kTwoDigits, 1, 1>(w, x, n, 0, out + n - n0, out_stride);
+    return;
+  }
+  for (int64_t n = n0; n < n1; n++) {
+    int64_t m = 0;
+    for (; m + 4 <= x->tokens; m += 4)
+      rows_by_tokens<kBits, kChunk, kTwoDigits, 1, 4>(w, x, n, m, out + n - n0, out_stride);
+    if (m + 2 <= x->tokens) {
+      rows_by_tokens<kBits, kChunk, kTwoDigits, 1, 2>(w, x, n, m, out + n - n0, out_stride);
+      m += 2;
+    }
+    if (m < x->tokens) rows_by_tokens<kBits, kChunk, kTwoDigits, 1, 1>(w, x, n, m, out + n - n0, out_stride);
+  }
+}
+
+// ---- many tokens: tiles ----
+
+constexpr int kTileRows = 8;          // rows of W that share a load of digits: 16 accumulators with two digits
+constexpr int64_t kTileCodes = 512;   // columns decoded at a time: 4 KB of L1 for 8 rows
+
+// Decodes planes [plane, plane + kCount) of a row to bytes; planes that the row does not store become zero codes.
+template <int kBits, int kCount, int i = 0>
+LOWBIT_INLINE void decode_planes(const uint8_t* row, int64_t plane, int64_t planes, uint8_t* to) {
+  if constexpr (i < kCount) {
+    const __m512i codes =
+        plane + i < planes ? peel<kBits, kCount, true, false, i>(row, plane, planes) : _mm512_setzero_si512();
+    _mm512_store_si512(to + i * 64, codes);
+    decode_planes<kBits, kCount, i + 1>(row, plane, planes, to);
+  }
+}
+
+template <int kBits, int kChunk, bool kTwoDigits>
+void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* rows, int count, int64_t tile, float* out,
+                  int64_t out_stride) {
+  constexpr int R = kTileRows;
+  constexpr int64_t kStage = kChunk * 16 < kTileCodes ? kChunk * 16 : kTileCodes;
+  alignas(64) uint8_t codes[R][kStage];
+  alignas(64) float slots[kSlots][R][kLanes];
+  alignas(64) float scales[R][kSlots];
+  alignas(64) int32_t zeros[R][kSlots];
+  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes, planes = stored_planes<kBits>(w->cols);
+  const ChunkGrid grid(w, kChunk);
+  const int8_t* high = (kTwoDigits ? x->high : x->low) + tile * kLanes * x->cols_padded;
+  const int8_t* low = x->low + tile * kLanes * x->cols_padded;
+  const float* steps = x->step + tile * x->chunks_padded * kLanes;
+  const int32_t* sums = x->sum + tile * x->chunks_padded * kLanes;
+  for (int j = 0; j < kSlots; j++)
+    for (int r = 0; r < R; r++) _mm512_store_ps(slots[j][r], _mm512_setzero_ps());
+
+  for (int64_t c = 0; c < x->chunks; c++) {
+    const int slot = int(c % kSlots);
+    if (slot == 0) {
+      for (int r = 0; r < R; r++) {
+        _mm512_store_ps(scales[r], grid.scales(rows[r], c));
+        if (w->zeros) _mm512_store_si512(zeros[r], grid.zeros(rows[r], c));
+      }
+    }
+    const int64_t k = c * kChunk;
+    if (k % kStage == 0)
+      for (int r = 0; r < R; r++)
+        decode_planes<kBits, kStage / 64>(w->codes + rows[r] * row_bytes, k / 64, planes, codes[r]);
+
+    __m512i h[R], l[R];
+    for (int r = 0; r < R; r++) h[r] = l[r] = _mm512_setzero_si512();
+    const uint8_t* code = codes[0] + k % kStage;
+    for (int i = 0; i < kChunk; i += 4) {
+      const __m512i dl = _mm512_loadu_si512(low + (k + i) * kLanes);
+      const __m512i dh = kTwoDigits ? _mm512_loadu_si512(high + (k + i) * kLanes) : dl;
+      for (int r = 0; r < R; r++) {
+        int32_t four_codes;
+        memcpy(&four_codes, code + r * kStage + i, 4);
+        const __m512i four = _mm512_set1_epi32(four_codes);
+        if (kTwoDigits) h[r] = _mm512_dpbusd_epi32(h[r], four, dh);
+        l[r] = _mm512_dpbusd_epi32(l[r], four, dl);
+      }
+    }
+    const __m512i v = _mm512_loadu_si512(sums + c * kLanes);
+    const __m512 step = _mm512_loadu_ps(steps + c * kLanes);
+    const __m512i symmetric = _mm512_slli_epi32(v, kBits - 1);
+    for (int r = 0; r < R; r++) {
+      const __m512i zv = w->zeros ? _mm512_mullo_epi32(_mm512_set1_epi32(zeros[r][slot]), v) : symmetric;
+      const __m512i total = kTwoDigits ? _mm512_add_epi32(_mm512_slli_epi32(h[r], 8), l[r]) : l[r];
+      const __m512 weight = _mm512_mul_ps(_mm512_set1_ps(scales[r][slot]), step);
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(total, zv));
+      _mm512_store_ps(slots[slot][r], _mm512_fmadd_ps(sum, weight, _mm512_load_ps(slots[slot][r])));
+    }
+  }
+
+  const int64_t m = tile * kLanes, tokens = x->tokens - m < kLanes ? x->tokens - m : kLanes;
+  for (int r = 0; r < count; r++) {
+    for (int width = kSlots / 2; width > 0; width /= 2)
+      for (int j = 0; j < width; j++)
+        _mm512_store_ps(slots[j][r], _mm512_add_ps(_mm512_load_ps(slots[j][r]), _mm512_load_ps(slots[j + width][r])));
+    for (int64_t t = 0; t < tokens; t++) out[(m + t) * out_stride + r] = slots[0][r][t];
+  }
+}
+
+// Tiles of tokens outside, rows inside: the codes of a row block stay in L2 and are decoded again for each tile.
+template <int kBits, int kChunk, bool kTwoDigits>
+void matmul_tiles(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
+  for (int64_t tile = 0; tile * kLanes < x->tokens; tile++) {
+    for (int64_t n = n0; n < n1; n += kTileRows) {
+      const int count = n1 - n < kTileRows ? int(n1 - n) : kTileRows;
+      int64_t rows[kTileRows];  // rows beyond the block repeat its last one and are not written
+      for (int r = 0; r < kTileRows; r++) rows[r] = n + (r < count ? r : count - 1);
+      rows_by_tile<kBits, kChunk, kTwoDigits>(w, x, rows, count, tile, out + n - n0, out_stride);
+    }
+  }
+}
+
+template <int kBits, int kChunk>
+LOWBIT_INLINE void matmul_chunk(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                                int64_t out_stride) {
+  if (x->layout == Activations::kRows)
+    (x->high ? matmul_rows<kBits, kChunk, true> : matmul_rows<kBits, kChunk, false>)(w, x, n0, n1, out, out_stride);
+  else
+    (x->high ? matmul_tiles<kBits, kChunk, true> : matmul_tiles<kBits, kChunk, false>)(w, x, n0, n1, out, out_stride);
+}
+
+template <int kBits>
+LOWBIT_INLINE void matmul(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                          int64_t out_stride) {
+  if (x->chunk == 128) return matmul_chunk<kBits, 128>(w, x, n0, n1, out, out_stride);
+  if (x->chunk == 64) return matmul_chunk<kBits, 64>(w, x, n0, n1, out, out_stride);
+  if (x->chunk == 32) return matmul_chunk<kBits, 32>(w, x, n0, n1, out, out_stride);
+  return matmul_chunk<kBits, 16>(w, x, n0, n1, out, out_stride);
+}
+
+}  // namespace
+}  // namespace lowbit
+#endif
