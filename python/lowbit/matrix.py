@@ -28,9 +28,7 @@ def normalise_group_size(group_size: int, cols: int) -> int:
     """-1 becomes `cols`. Raises ValueError for anything but a multiple of 16 up to cols, or cols."""
     group_size = cols if group_size == -1 else group_size
     if group_size != cols and not (16 <= group_size <= cols and group_size % 16 == 0):
-        raise ValueError(
-            f"group_size: expected -1, a multiple of 16 up to cols ({cols}), or cols, got {group_size}"
-        )
+        raise ValueError(f"group_size: expected -1, a multiple of 16 up to cols ({cols}), or cols, got {group_size}")
     return group_size
 
 
@@ -61,7 +59,8 @@ class Layout:
 def matrix_view(codes, scales, zeros, perm, layout: Layout) -> _C.Matrix:
     """A `_C.Matrix` over the tensors' memory, after checking their types and shapes.
 
-    Cheap (no value is read except perm's range, by the verbs): ops build one a call. The caller keeps the tensors alive.
+    Cheap: no value is read (perm's range is checked by the verbs), so ops build one a call. The caller keeps the tensors
+    alive.
     """
     bits = format_bits(layout.format)
     if codes.dtype != torch.uint8:
@@ -85,7 +84,8 @@ def matrix_view(codes, scales, zeros, perm, layout: Layout) -> _C.Matrix:
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
         raise ValueError(
-            f"zeros: expected torch.uint8 of the scales' shape {list(scales.shape)}, got {zeros.dtype} {list(zeros.shape)}"
+            f"zeros: expected torch.uint8 of the scales' shape {list(scales.shape)}, "
+            f"got {zeros.dtype} {list(zeros.shape)}"
         )
     if perm is not None and (perm.dtype != torch.int32 or list(perm.shape) != [layout.cols]):
         raise ValueError(f"perm: expected torch.int32 [{layout.cols}], got {perm.dtype} {list(perm.shape)}")
@@ -130,9 +130,7 @@ class PackedMatrix:
     # -- pack ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_float(
-        cls, weight, format, group_size=-1, *, symmetric=True, scale_dtype=torch.float16, clip=False
-    ):
+    def from_float(cls, weight, format, group_size=-1, *, symmetric=True, scale_dtype=torch.float16, clip=False):
         """Round-to-nearest packing of `weight` [rows, cols] (float32, float16 or bfloat16).
 
         symmetric: one scale 2*max|w|/(2**bits - 1) a group, zero 2**(bits-1); else a zero point a group too.
@@ -165,7 +163,7 @@ class PackedMatrix:
 
     @classmethod
     def from_codes(cls, codes, scales, zeros=None, perm=None, *, format, group_size=-1):
-        """Packs unpacked codes uint8 [rows, cols], already in packed column order, beside their scales (and zeros, perm).
+        """Packs unpacked codes uint8 [rows, cols], in packed column order, beside their scales (and zeros, perm).
 
         Raises IndexError for a code above 2**bits - 1, ValueError or TypeError for anything else that does not fit.
         """
@@ -186,10 +184,10 @@ class PackedMatrix:
     def from_gptq(cls, qweight, qzeros, scales, g_idx=None, *, bits, group_size, version):
         """Reads a GPTQ checkpoint's tensors (docs/formats.md section 2).
 
-        qweight int32 [cols*bits/32, rows], qzeros int32 [groups, rows*bits/32], scales float [groups, rows], g_idx int32 [cols]
-        or None; version 1 stores zero - 1, version 2 the zero. A plain g_idx needs no permutation; act-order's becomes `perm`,
-        provided each group has exactly group_size columns. Raises ValueError for shapes or values that do not fit, and for a
-        v1 zero word that writers disagree about.
+        qweight int32 [cols*bits/32, rows], qzeros int32 [groups, rows*bits/32], scales float [groups, rows], g_idx
+        int32 [cols] or None; version 1 stores zero - 1, version 2 the zero. A plain g_idx needs no permutation;
+        act-order's becomes `perm`, provided each group has exactly group_size columns. Raises ValueError for shapes or
+        values that do not fit, and for a v1 zero word that writers disagree about.
         """
         format = f"int{bits}"
         format_bits(format)
@@ -222,8 +220,8 @@ class PackedMatrix:
     def to_gptq(self, version=2) -> dict[str, torch.Tensor]:
         """The tensors qweight, qzeros, scales and g_idx of a GPTQ checkpoint. Codes and scales are kept exactly.
 
-        Raises ValueError where the format cannot hold the matrix: rows or cols not multiples of 32, one scale a tensor's
-        worth ([1, 1]) with more than one row is expanded; a zero point of 0 needs version 2.
+        Scales of one a row or one a tensor are expanded. Raises ValueError where the format cannot hold the matrix: rows
+        or cols that are not multiples of 32, a zero point of 0 in version 1.
         """
         for name, size in (("in_features", self.cols), ("out_features", self.rows)):
             if size % 32:
@@ -279,7 +277,8 @@ class PackedMatrix:
     def gather(self, ids, dtype=torch.float32, policy="error", out=None):
         """Rows of W: ids int32 or int64 of any shape -> [*ids.shape, cols] in `dtype`, or into `out` of that shape.
 
-        policy: what an id outside [0, rows) does: "error" raises IndexError, "zero" gives zeros, "clamp" the nearest row.
+        policy: what an id outside [0, rows) does: "error" raises IndexError, "zero" gives zeros, "clamp" the nearest
+        row.
         """
         ids = as_tensor(ids, "ids")
         if out is None:
@@ -365,14 +364,10 @@ def as_tensor(array, name: str) -> torch.Tensor:
     """A torch tensor over the same memory as anything that speaks DLPack (NumPy, JAX, CuPy arrays), on the CPU."""
     if not isinstance(array, torch.Tensor):
         if not hasattr(array, "__dlpack__"):
-            raise TypeError(
-                f"{name}: expected a tensor or an array that speaks DLPack, got {type(array).__name__}"
-            )
+            raise TypeError(f"{name}: expected a tensor or an array that speaks DLPack, got {type(array).__name__}")
         array = torch.from_dlpack(array)
     if array.device.type != "cpu":
-        raise NotImplementedError(
-            f"{name}: expected a CPU tensor (this build has no CUDA library), got {array.device}"
-        )
+        raise NotImplementedError(f"{name}: expected a CPU tensor (this build has no CUDA library), got {array.device}")
     return array.detach()
 
 
@@ -446,7 +441,5 @@ def perm_from_g_idx(g_idx: torch.Tensor, cols: int, group_size: int) -> torch.Te
     expected = torch.bincount(plain, minlength=groups)
     if not torch.equal(sizes, expected):
         bad = int((sizes != expected).nonzero()[0])
-        raise ValueError(
-            f"g_idx: expected {int(expected[bad])} columns in group {bad}, got {int(sizes[bad])}"
-        )
+        raise ValueError(f"g_idx: expected {int(expected[bad])} columns in group {bad}, got {int(sizes[bad])}")
     return torch.argsort(g_idx, stable=True).to(torch.int32)

@@ -1,8 +1,8 @@
 """Modules over a PackedMatrix: drop-in `Linear` and `Embedding` whose weight is packed, or float, and can be swapped.
 
-Tensors are registered under the names they have in a file: `weight` (the uint8 codes, so that tying by the name
-`weight` keeps working), `weight_scale`, `weight_zero`, `weight_perm`. An embedding and a head made from one PackedMatrix
-share its tensors: one allocation.
+Tensors are registered under the names they have in a file: `weight` (the uint8 codes, so that tying by the name `weight`
+keeps working), `weight_scale`, `weight_zero`, `weight_perm`. An embedding and a head made from one PackedMatrix share its
+tensors: one allocation.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class PackedModule(nn.Module):
         if not isinstance(weight, PackedMatrix | Tensor):
             raise TypeError(f"weight: expected a PackedMatrix or a tensor, got {type(weight).__name__}")
         if isinstance(weight, Tensor) and not weight.is_floating_point():
-            raise TypeError(
-                f"weight: expected a float tensor or a PackedMatrix, got a tensor of {weight.dtype}"
-            )
+            raise TypeError(f"weight: expected a float tensor or a PackedMatrix, got a tensor of {weight.dtype}")
         if tuple(weight.shape) != self._shape:
             raise ValueError(f"weight: expected shape {list(self._shape)}, got {list(weight.shape)}")
         self._clear()
@@ -60,9 +58,7 @@ class PackedModule(nn.Module):
         else:
             self._buffers.pop("weight")
             self.weight = (
-                weight
-                if isinstance(weight, nn.Parameter)
-                else nn.Parameter(weight.detach(), requires_grad=False)
+                weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), requires_grad=False)
             )
 
     def unload(self) -> PackedMatrix | Tensor | None:
@@ -89,15 +85,13 @@ class PackedModule(nn.Module):
 
 
 class Linear(PackedModule):
-    """y = x W^T + bias for x [..., in_features] of float32, float16 or bfloat16; y [..., out_features] of the same dtype.
+    """y = x W^T + bias: x [..., in_features] float32, float16 or bfloat16 -> y [..., out_features] of the same dtype.
 
     activations: "float" (16-bit fixed point per group, error about 4e-5 of the product) or "int8".
     Gradients flow to x and bias; a packed weight is frozen.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: Tensor | None = None, activations: str = "float"
-    ):
+    def __init__(self, in_features: int, out_features: int, bias: Tensor | None = None, activations: str = "float"):
         super().__init__(out_features, in_features)
         lookup(ACTIVATIONS, activations, "activations")
         if bias is not None and list(bias.shape) != [out_features]:
@@ -108,9 +102,7 @@ class Linear(PackedModule):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_packed(
-        cls, packed: PackedMatrix, bias: Tensor | None = None, activations: str = "float"
-    ) -> Linear:
+    def from_packed(cls, packed: PackedMatrix, bias: Tensor | None = None, activations: str = "float") -> Linear:
         module = cls(packed.cols, packed.rows, bias, activations)
         module.load(packed)
         return module
@@ -159,9 +151,7 @@ class Embedding(PackedModule):
         self.padding_idx, self.dtype, self.embed_scale = padding_idx, dtype, embed_scale
 
     @classmethod
-    def from_packed(
-        cls, packed: PackedMatrix, padding_idx=None, dtype=torch.float32, embed_scale=None
-    ) -> Embedding:
+    def from_packed(cls, packed: PackedMatrix, padding_idx=None, dtype=torch.float32, embed_scale=None) -> Embedding:
         module = cls(packed.rows, packed.cols, padding_idx, dtype, embed_scale)
         module.load(packed)
         return module

@@ -1,0 +1,151 @@
+// Every kernel row, forced in turn: bit-identical with `ref`, exact where the arithmetic is exact, and close to float64.
+// Each test also asserts that the kernel it forced is the one that ran.
+#include <cstring>
+#include <string>
+
+#include "matrices.h"
+
+namespace {
+
+std::mt19937 random_bits(20240607);
+
+// Whether the table has a kernel of this verb and width at exactly this level; then it must be the one that ran.
+bool table_has(const std::string& name) {
+  for (int i = 0; const char* row = lowbit_kernel_name(i, nullptr); i++)
+    if (name == row) return true;
+  return false;
+}
+
+void check_ran(const char* verb, int bits, const char* isa) {
+  const std::string stem = bits ? "int" + std::to_string(bits) + "_" + verb : verb;
+  const std::string wanted = stem + "__" + isa, ran = lowbit_last_kernel(verb);
+  if (table_has(wanted)) CHECK(ran == wanted, "forced %s, ran %s", wanted.c_str(), ran.c_str());
+}
+
+std::string describe(const Case& c, int64_t tokens, int mode, const char* isa) {
+  char text[200];
+  snprintf(text, sizeof text, "int%d %ldx%ld g%ld zeros %d perm %d scales %d/%d tokens %ld mode %d isa %s", c.bits, long(c.rows),
+           long(c.cols), long(c.group_size), c.zeros, c.perm, c.scale_shape, int(c.scale_dtype), long(tokens), mode, isa);
+  return text;
+}
+
+// Exact: integers that the mode represents without error (int8's step is max/127, so only +-127 do whatever the chunk).
+std::vector<uint8_t> random_activations(int64_t count, lowbit_dtype dtype, bool exact, int mode) {
+  std::vector<uint8_t> x(size_t(count) * (dtype == LOWBIT_F32 ? 4 : 2));
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < count; i++) {
+    float value = normal(random_bits);
+    if (random_bits() % 97 == 0) value *= 50;  // outliers
+    if (exact) value = mode == LOWBIT_ACT_INT8 ? (random_bits() % 2 ? 127.0f : -127.0f) : float(int(random_bits() % 255) - 127);
+    lowbit::store_float(x.data(), dtype, i, value);
+  }
+  return x;
+}
+
+// token_counts: the largest first.
+void test_matmul(const Case& c, const std::vector<const char*>& isas, const std::vector<int64_t>& token_counts, lowbit_dtype dtype,
+                 bool exact) {
+  const TestMatrix w(c, random_bits);
+  const int64_t most = token_counts.front();
+  for (const int mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8}) {
+    const auto x = random_activations(most * c.cols, dtype, exact, mode);
+    std::vector<float> bias(size_t(c.rows));
+    for (auto& b : bias) b = exact ? float(int(random_bits() % 64)) : float(random_bits() % 1000) / 500 - 1;
+    std::vector<uint8_t> expected;
+    const size_t width = dtype == LOWBIT_F32 ? 4 : 2;
+    for (const char* isa : isas)
+      for (const int64_t tokens : token_counts) {
+        CHECK(lowbit_set_isa(isa) == LOWBIT_OK, "%s", lowbit_last_error());
+        std::vector<uint8_t> y(size_t(tokens * c.rows) * width, 0xEE);
+        const lowbit_status status = lowbit_matmul(&w.view, x.data(), dtype, tokens, c.cols, bias.data(), LOWBIT_F32, y.data(), c.rows,
+                                                   lowbit_activations(mode), nullptr, 0);
+        CHECK(status == LOWBIT_OK, "%s", lowbit_last_error());
+        check_ran("matmul", c.bits, isa);
+        check_ran("activations", 0, isa);
+        if (expected.empty()) {  // the reference kernel with the most tokens comes first
+          expected = y;
+          for (int64_t m = 0; m < tokens; m++)
+            for (int64_t n = 0; n < c.rows; n++) {
+              double sum = 0, size = 0;
+              for (int64_t k = 0; k < c.cols; k++) {
+                const double product = w.dense[size_t(n * c.cols + k)] * lowbit::load_float(x.data(), dtype, m * c.cols + k);
+                sum += product;
+                size += product * product;
+              }
+              const double got = lowbit::load_float(y.data(), dtype, m * c.rows + n), wanted = sum + bias[size_t(n)];
+              // Rounding of x: half a step of at most 2^-14 of its chunk's largest, beside outliers 50 times the rest.
+              const double bound = exact && dtype == LOWBIT_F32 ? 0
+                                   : (mode == LOWBIT_ACT_FLOAT ? 4e-3 : 1.0) * std::sqrt(size) + 1e-6 + (dtype == LOWBIT_F32 ? 0 : 1e-2 * std::fabs(wanted));
+              CHECK(std::fabs(got - wanted) <= bound, "%s [%ld,%ld]: got %.9g, wanted %.9g, bound %g",
+                    describe(c, tokens, mode, isa).c_str(), long(m), long(n), got, wanted, bound);
+            }
+        }
+        CHECK(!memcmp(y.data(), expected.data(), y.size()), "%s differs from ref", describe(c, tokens, mode, isa).c_str());
+      }
+  }
+  lowbit_set_isa("auto");
+}
+
+void test_gather(const Case& c, const std::vector<const char*>& isas) {
+  const TestMatrix w(c, random_bits);
+  std::vector<int64_t> ids;
+  for (int i = 0; i < 11; i++) ids.push_back(int64_t(random_bits() % unsigned(c.rows)));
+  ids.push_back(c.rows + 5);  // a row of zeros
+  const int64_t count = int64_t(ids.size());
+  for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_F16, LOWBIT_BF16})
+    for (const char* isa : isas) {
+      CHECK(lowbit_set_isa(isa) == LOWBIT_OK, "%s", lowbit_last_error());
+      std::vector<uint8_t> out(size_t(count * c.cols) * (dtype == LOWBIT_F32 ? 4 : 2), 0xEE);
+      CHECK(lowbit_gather(&w.view, ids.data(), LOWBIT_I64, count, LOWBIT_IDS_ZERO, out.data(), dtype, c.cols) == LOWBIT_OK, "%s",
+            lowbit_last_error());
+      check_ran("gather", c.bits, isa);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < c.cols; k++) {
+          // The product of a stored scale and a small integer, rounded once to fp32, then once to the output.
+          const float exact = i + 1 == count ? 0.0f : float(w.dense[size_t(ids[size_t(i)] * c.cols + k)]);
+          uint8_t wanted[4], *got = out.data() + size_t(i * c.cols + k) * (dtype == LOWBIT_F32 ? 4 : 2);
+          lowbit::store_float(wanted, dtype, 0, exact == 0 ? 0.0f : exact);
+          const float value = lowbit::load_float(got, dtype, 0);
+          CHECK(value == lowbit::load_float(wanted, dtype, 0), "%s row %ld k %ld dtype %d: got %g, wanted %g",
+                describe(c, count, 0, isa).c_str(), long(i), long(k), int(dtype), double(value), double(exact));
+        }
+    }
+  lowbit_set_isa("auto");
+}
+
+}  // namespace
+
+int main() {
+  const auto isas = machine_isas();
+  CHECK(isas.size() >= 1 && !strcmp(isas[0], "ref"), "no ref");
+  const lowbit_dtype dtypes[] = {LOWBIT_F32, LOWBIT_F16, LOWBIT_BF16};
+  int turn = 0;
+  for (const int bits : {2, 3, 4, 8}) {
+    // Every length around a plane, a line and an int3 group, whole-row scales of each shape.
+    for (const int64_t cols : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 320, 511, 512, 513, 1000, 2049, 4097}) {
+      const bool zeros = turn % 2, perm = turn % 3 == 0;
+      const Case c{bits, 3, cols, -1, zeros, perm, turn % 3, dtypes[turn / 3 % 3], true};
+      test_matmul(c, isas, {5, 1, 2}, LOWBIT_F32, true);
+      test_gather({bits, 7, cols, -1, zeros, perm, turn % 3, dtypes[turn % 3], false}, isas);
+      turn++;
+    }
+    // Every chunk size and groups that are several chunks, with tails, zeros, odd N and every number of tokens that matters.
+    for (const int64_t group : {16, 32, 48, 64, 80, 96, 128, 192, 256}) {
+      for (const int64_t cols : {int64_t(group), 3 * group, int64_t(1031)}) {
+        if (cols < group) continue;
+        const Case exact{bits, 9, cols, group, turn % 2 == 0, turn % 3 == 1, 0, dtypes[turn % 3], true};
+        test_matmul(exact, isas, {17, 1, 8}, LOWBIT_F32, true);
+        Case random = exact;
+        random.powers_of_two = false;
+        test_matmul(random, isas, {19, 16, 15, 9, 8, 7, 3, 1}, dtypes[turn % 3], false);
+        test_gather(random, isas);
+        turn++;
+      }
+    }
+    // More rows than a block, more tokens than two tiles, one row, one token.
+    test_matmul({bits, 131, 384, 128, true, false, 0, LOWBIT_F16, false}, isas, {33, 32, 31, 16, 1}, LOWBIT_BF16, false);
+    test_matmul({bits, 1, 256, 64, false, true, 0, LOWBIT_F32, false}, isas, {16, 1}, LOWBIT_F16, false);
+    test_matmul({bits, 67, 130, -1, false, false, 1, LOWBIT_BF16, false}, isas, {300, 257, 256, 1}, LOWBIT_F32, false);
+  }
+  return check::finish("kernels");
+}

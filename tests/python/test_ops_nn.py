@@ -1,0 +1,139 @@
+"""The torch side: operators under opcheck and torch.compile, gradients, modules that swap and share their weights."""
+
+import copy
+
+import pytest
+import torch
+from lowbit import PackedMatrix
+from lowbit.nn import Embedding, Linear
+from test_matrix import random_matrix
+from torch.library import opcheck
+
+
+def operands(packed):
+    return packed.codes, packed.scales, packed.zeros, packed.perm
+
+
+def layout(packed):
+    return packed.format, packed.cols, packed.group_size
+
+
+@pytest.mark.parametrize("zeros_perm", [False, True])
+def test_opcheck(zeros_perm):
+    packed = random_matrix(24, 64, "int4", 32, zeros=zeros_perm, perm=zeros_perm)
+    x = torch.randn(3, 64, requires_grad=True)
+    bias = torch.randn(24, requires_grad=True)
+    opcheck(torch.ops.lowbit.matmul, (x, *operands(packed), bias, *layout(packed), "float"))
+    opcheck(torch.ops.lowbit.matmul, (torch.randn(2, 3, 64), *operands(packed), None, *layout(packed), "int8"))
+    opcheck(
+        torch.ops.lowbit.gather, (torch.tensor([[1, 2]]), *operands(packed), *layout(packed), torch.bfloat16, "error")
+    )
+    opcheck(torch.ops.lowbit.unpack, (*operands(packed), *layout(packed), torch.float32))
+
+
+@pytest.mark.parametrize("perm", [False, True])
+def test_gradients_of_input_and_bias(perm):
+    packed = random_matrix(24, 64, "int3", 32, zeros=True, perm=perm)
+    module = Linear.from_packed(packed, torch.nn.Parameter(torch.randn(24)))
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    weights = torch.randn(2, 5, 24)
+    (module(x) * weights).sum().backward()
+    assert torch.allclose(x.grad, weights @ packed.unpack(), atol=1e-5)
+    assert torch.allclose(module.bias.grad, weights.sum((0, 1)), atol=1e-5)
+    assert all(not p.requires_grad for name, p in module.named_parameters() if name != "bias")
+
+
+def test_compile_fullgraph_gives_the_same_bits():
+    table = random_matrix(50, 64, "int8")
+    model = torch.nn.Sequential(
+        Embedding.from_packed(table), Linear.from_packed(random_matrix(64, 64, "int4", 32)), Linear.from_packed(table)
+    )
+    ids = torch.tensor([[3, 1, 49]])
+    assert torch.equal(torch.compile(model, fullgraph=True)(ids), model(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_linear_is_a_linear(dtype):
+    packed = random_matrix(24, 64, "int4", 32)
+    module = Linear.from_packed(packed, torch.randn(24))
+    x = torch.randn(2, 3, 64, dtype=dtype)
+    y = module(x)
+    assert y.dtype == dtype and y.shape == (2, 3, 24)
+    expected = torch.nn.functional.linear(x.float(), packed.unpack(), module.bias)
+    assert torch.allclose(y.float(), expected, atol=2e-3, rtol=1e-2)
+    for empty in ((0, 64), (2, 0, 64)):
+        assert module(torch.empty(empty, dtype=dtype)).shape == (*empty[:-1], 24)
+    strided = torch.randn(3, 128, dtype=dtype)[:, ::2]
+    assert torch.equal(module(strided), module(strided.contiguous()))
+    assert torch.equal(module(x[0, 0]), y[0, 0])
+
+
+def test_embedding_and_head_share_one_table():
+    table = random_matrix(50, 64, "int4", 64)
+    embedding, head = Embedding.from_packed(table, padding_idx=0), Linear.from_packed(table)
+    assert embedding.weight.data_ptr() == head.weight.data_ptr() == table.codes.data_ptr()
+    assert embedding.packed.equal(head.packed)
+    assert torch.equal(embedding(torch.tensor([[7]]))[0, 0], table.unpack()[7])
+    assert embedding.padding_idx == 0
+    with pytest.raises(IndexError, match="ids"):
+        embedding(torch.tensor([50]))
+
+
+def test_embed_scale_rounds_like_the_model_does():
+    table = random_matrix(5, 64, "int8")
+    embedding = Embedding.from_packed(table, dtype=torch.bfloat16, embed_scale=64**0.5 + 0.01)
+    expected = table.unpack(torch.bfloat16)[[2]] * torch.tensor(64**0.5 + 0.01, dtype=torch.bfloat16)
+    assert torch.equal(embedding(torch.tensor([2])), expected)
+
+
+@pytest.mark.parametrize("make", [lambda p: Linear.from_packed(p), lambda p: Embedding.from_packed(p)])
+def test_load_and_unload(make):
+    packed, dense = random_matrix(24, 64, "int4", 32), torch.randn(24, 64)
+    module = make(packed)
+    argument = torch.randn(2, 64) if isinstance(module, Linear) else torch.tensor([1, 2])
+    before = module(argument)
+    assert "weight_scale" in module.state_dict()
+    held = module.unload()
+    assert held.equal(packed) and not module.state_dict()
+    with pytest.raises(RuntimeError, match="no weight is loaded"):
+        module(argument)
+    module.load(dense)
+    expected = argument @ dense.t() if isinstance(module, Linear) else dense[argument]
+    assert torch.allclose(module(argument), expected) and list(module.state_dict()) == ["weight"]
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        module.load(torch.randn(24, 63))
+    with pytest.raises(TypeError, match="weight: expected"):
+        module.load("lm_head.safetensors")
+    with pytest.raises(TypeError, match="weight: expected a float tensor"):
+        module.load(torch.zeros(24, 64, dtype=torch.int8))
+    assert torch.allclose(module(argument), expected)  # a refused load changes nothing
+    module.load(held)
+    assert torch.equal(module(argument), before)
+
+
+def test_modules_copy_and_move():
+    module = Linear.from_packed(random_matrix(24, 64, "int4", 32, zeros=True), torch.randn(24))
+    x = torch.randn(2, 64)
+    clone = copy.deepcopy(module)
+    assert clone.weight.data_ptr() != module.weight.data_ptr() and torch.equal(clone(x), module(x))
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    assert list(state) == ["bias", "weight", "weight_scale", "weight_zero"]
+    clone.load_state_dict(state)
+    assert torch.equal(clone(x), module(x))
+    assert torch.equal(module.to("cpu")(x), clone(x))
+    module.half()  # scales follow the module's dtype, codes stay bytes
+    assert module.weight.dtype == torch.uint8 and module(x.half()).dtype == torch.float16
+
+
+def test_bad_bias_and_activations():
+    packed = random_matrix(24, 64, "int4", 32)
+    with pytest.raises(ValueError, match=r"bias: expected shape \[24\]"):
+        Linear.from_packed(packed, torch.randn(23))
+    with pytest.raises(ValueError, match="activations: expected one of float, int8"):
+        Linear.from_packed(packed, activations="fp8")
+
+
+def test_repr_names_the_format():
+    packed = PackedMatrix.from_float(torch.randn(8, 64), "int2", 32, symmetric=False)
+    assert "int2" in repr(packed) and "zeros" in repr(packed) and "8x64" in repr(packed)
+    assert "int2, group_size=32" in repr(Linear.from_packed(packed))
