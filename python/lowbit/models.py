@@ -1,0 +1,273 @@
+"""Where a model's matrices are, and how one is exchanged for a packed matrix.
+
+Nothing here knows an architecture by name. A matrix is found by the type of its module (nn.Linear, the Conv1D of
+GPT-2, nn.Embedding), the blocks by the structure of the module tree, the head and the token embedding by the model's
+own accessors. Modules that share one weight (tied head and embedding, or one module under several names) are one
+target and stay one matrix.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from lowbit import nn as lowbit_nn
+from lowbit.matrix import PackedMatrix
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One weight matrix [rows, cols] of a model, and every module that holds it.
+
+    names: full module names, the first in module order being the one that reports use; kinds: of each name, "linear"
+    (inside a block), "head", "embedding" (the token embedding, or a table tied to it) or "other"; module: the one of
+    the first name; obstacle: why this weight has to stay as it is, or None.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    module: nn.Module
+    obstacle: str | None
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def kind(self) -> str:
+        return self.kinds[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = weight_matrix(self.module).shape
+        return rows, cols
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows of the matrix are looked up by id (it may be a head as well)."""
+        return isinstance(self.module, nn.Embedding)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's Conv1D: a linear layer that stores its weight as [in_features, out_features]."""
+    # Only a model built by transformers can hold one, and then the class is already imported.
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module is of a type whose weight can become a packed matrix."""
+    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+
+
+def weight_matrix(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer, Conv1D or embedding as [rows, cols] = [outputs or vocabulary, inputs or width]: a
+    view, in the weight's dtype."""
+    weight = module.weight.detach()
+    return weight.t() if is_conv1d(module) else weight
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model by full name, in module order; empty when it has none.
+
+    A candidate is a ModuleList or Sequential of children that repeat few classes and each hold matrices deeper down.
+    Of the outermost candidates the one with most weights is taken, with those of the same class of blocks; an
+    encoder-decoder model gives all of them. So a vision tower beside a language model is no block list.
+    """
+    lists = {name: module for name, module in _outermost_block_lists(model, "")}
+    if not lists:
+        return {}
+    largest = max(lists.values(), key=_matrix_weights)
+    classes = {type(block) for block in largest}
+    everything = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return {
+        f"{name}.{index}" if name else index: block
+        for name, blocks in lists.items()
+        if everything or classes & {type(block) for block in blocks}
+        for index, block in blocks.named_children()
+    }
+
+
+def find_targets(model: nn.Module) -> list[Target]:
+    """Every weight matrix of a model in module order, with modules that share a weight as one target.
+
+    In a model without blocks every linear layer that is not the head counts as inside one.
+    """
+    blocks = find_blocks(model)
+    in_block = tuple(f"{name}." for name in blocks) if blocks else ("",)
+    embedding, head = _embedding_and_head(model, in_block if blocks else ())
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+    holders: dict[tuple, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if has_matrix(module):
+            holders.setdefault(_weight_key(module), []).append((name, module))
+
+    targets = []
+    for members in holders.values():
+        # A table decides how the whole group is made, so it speaks for it wherever it stands.
+        members.sort(key=lambda member: not isinstance(member[1], nn.Embedding))
+        kinds = []
+        for name, module in members:
+            if module is embedding or (isinstance(module, nn.Embedding) and any(m is head for _, m in members)):
+                kinds.append("embedding")
+            elif module is head:
+                kinds.append("head")
+            else:
+                inside = name.startswith(in_block) and not isinstance(module, nn.Embedding)
+                kinds.append("linear" if inside else "other")
+        obstacles = [_obstacle(name, module, keep) for name, module in members]
+        targets.append(
+            Target(
+                names=tuple(name for name, _ in members),
+                kinds=tuple(kinds),
+                module=members[0][1],
+                obstacle=next((o for o in obstacles if o), None),
+            )
+        )
+    return targets
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts a module in the place of the one with this full name. AttributeError: there is none."""
+    model.get_submodule(name)
+    parent, _, attribute = name.rpartition(".")
+    model.get_submodule(parent)._modules[attribute] = new
+
+
+def patch(model: nn.Module, matrices: Mapping[str, PackedMatrix], *, activations: str | Mapping[str, str] = "float") -> None:
+    """Replaces modules by lowbit.nn modules around packed matrices, in place.
+
+    matrices: {full module name: PackedMatrix}. One PackedMatrix under several names is shared by all of them (a tied
+    table). The new module keeps bias, padding index, the embedding's scale and training mode. activations: "float",
+    "int8" or {name: either}.
+    ValueError: a module that cannot hold a packed matrix, or one of another shape. AttributeError: no such module.
+    """
+    made: dict[int, nn.Module] = {}
+    replacements: list[tuple[str, nn.Module]] = []
+    for name, packed in matrices.items():
+        old = model.get_submodule(name)
+        if id(old) not in made:  # one module under two names stays one module
+            mode = activations if isinstance(activations, str) else activations.get(name, "float")
+            made[id(old)] = _packed_module(name, old, packed, mode)
+        replacements.append((name, made[id(old)]))
+    for name, new in replacements:
+        replace_module(model, name, new)
+
+
+def _packed_module(name: str, old: nn.Module, packed: PackedMatrix, activations: str) -> nn.Module:
+    if not has_matrix(old):
+        raise ValueError(f"{name}: expected a linear layer, Conv1D or embedding, got {type(old).__name__}")
+    if tuple(packed.shape) != tuple(weight_matrix(old).shape):
+        raise ValueError(f"{name}: expected a packed matrix of shape {tuple(weight_matrix(old).shape)}, got {packed.shape}")
+    if isinstance(old, nn.Embedding):
+        new = lowbit_nn.Embedding.from_packed(
+            packed, padding_idx=old.padding_idx, dtype=old.weight.dtype, embed_scale=_embed_scale(old)
+        )
+    else:
+        new = lowbit_nn.Linear.from_packed(packed, bias=old.bias, activations=activations)
+    return new.train(old.training)
+
+
+def _outermost_block_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    children = list(module.children())
+    repeats = len({type(c) for c in children}) <= max(1, len(children) // 2)
+    if isinstance(module, nn.ModuleList | nn.Sequential) and children and repeats:
+        if all(not has_matrix(c) and _matrix_weights(c) for c in children):
+            yield name, module
+            return
+    for child_name, child in module.named_children():
+        yield from _outermost_block_lists(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _matrix_weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if has_matrix(m) and not isinstance(m, nn.Embedding))
+
+
+def _embedding_and_head(model: nn.Module, in_block: tuple[str, ...]) -> tuple[nn.Module | None, nn.Module | None]:
+    embedding, head = _accessor(model, "get_input_embeddings"), _accessor(model, "get_output_embeddings")
+    if embedding is None:
+        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        embedding = max(tables, key=lambda m: m.weight.numel(), default=None)
+    if head is None and isinstance(embedding, nn.Embedding):
+        # A head has one output a token of the vocabulary; the last such layer after the blocks is it.
+        heads = [
+            m
+            for name, m in model.named_modules()
+            if has_matrix(m)
+            and not isinstance(m, nn.Embedding)
+            and not name.startswith(in_block or ("\0",))
+            and weight_matrix(m).shape == embedding.weight.shape
+        ]
+        head = heads[-1] if heads else None
+    return embedding, head
+
+
+def _accessor(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        module = getattr(model, name)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return module if isinstance(module, nn.Module) and has_matrix(module) else None
+
+
+def _weight_key(module: nn.Module) -> tuple:
+    weight = module.weight
+    return (weight.data_ptr() or id(weight), weight.device, tuple(weight.shape), weight.stride(), weight.dtype)
+
+
+def _obstacle(name: str, module: nn.Module, keep_in_fp32: tuple[str, ...]) -> str | None:
+    """Why a weight must not be replaced, or None."""
+    weight = module.weight
+    if not weight.is_floating_point() or weight.itemsize == 1:
+        return f"its weight is {weight.dtype}, not a float"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if weight.is_meta:
+        return "its weight is on the meta device"
+    if any(f".{kept}." in f".{name}." for kept in keep_in_fp32):
+        return "the model keeps it in float32"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "it renormalises its rows (max_norm)"
+    if not _behaves_plainly(module):
+        return f"{type(module).__name__} has a forward of its own"
+    return None
+
+
+@torch.no_grad()
+def _behaves_plainly(module: nn.Module) -> bool:
+    """Whether a subclass computes what its base class does, up to rounding and the scale of a scaled embedding."""
+    if type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module):
+        return True
+    weight = module.weight.detach()
+    if isinstance(module, nn.Embedding):
+        probe = torch.arange(min(4, module.num_embeddings), device=weight.device)[None]
+        expected = F.embedding(probe, weight) * (_embed_scale(module) or 1.0)
+    else:
+        probe = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
+        expected = F.linear(probe, weight, module.bias)
+    try:
+        result = module(probe)
+    except Exception:  # whatever a stranger's forward raises, it is not the plain one
+        return False
+    if not isinstance(result, torch.Tensor) or result.shape != expected.shape:
+        return False
+    tolerance = 4 * torch.finfo(weight.dtype).eps * expected.abs().max()
+    return bool((result - expected).abs().max() <= tolerance)
+
+
+def _embed_scale(module: nn.Embedding) -> float | None:
+    """The factor that scaled embeddings (Gemma, BART) apply to their rows, or None."""
+    scale = getattr(module, "embed_scale", None)
+    if isinstance(scale, torch.Tensor):
+        # A scale that is a tensor meets the rows in their dtype; a Python number multiplies them unrounded.
+        return float(scale.to(module.weight.dtype)) if scale.numel() == 1 else None
+    return None if scale is None else float(scale)

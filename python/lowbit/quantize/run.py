@@ -1,0 +1,449 @@
+"""Quantizes a model in place, block by block.
+
+    embeddings                     rounded to nearest
+    modules before the blocks      \\
+    block 0: stage, stage, ...      | calibrated on what the quantized modules before them give
+    block 1: ...                    |
+    modules after them, the head   /
+    what calibration never reached rounded to nearest, with the reason recorded
+
+A block's modules form stages in order of execution; modules that read the same tensor (query, key and value, gate and
+up) share one Hessian and one stage. Beside the model, memory holds one block's activations for all calibration
+windows, in the model's dtype, and the Hessians of one stage. Every figure is a function of the model, the windows and
+the recipe.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowbit.matrix import PackedMatrix
+from lowbit.models import find_blocks, find_targets, patch, weight_matrix
+from lowbit.quantize.calibration import token_windows
+from lowbit.quantize.gptq import solve
+from lowbit.quantize.hessian import Hessian
+from lowbit.quantize.plan import Plan, PlannedModule, make_plan
+from lowbit.quantize.progress import Progress
+from lowbit.quantize.recipe import Recipe
+from lowbit.quantize.replay import Replay, hooks, stop, survey, until_stop
+
+MAX_DEFAULT_CONTEXT = 2048
+_BATCH_TOKENS = 4096  # of a batch by default: enough rows for a matrix product to run at its full speed
+
+
+@dataclass
+class Report:
+    """What a run did, in plain values.
+
+    modules: one dict a packed matrix, in order of packing: name, names (all modules that share it), kind, shape [rows, cols],
+        format, group_size, bits_per_weight, method, relative_error and its `error_of`: "output", the root of
+        tr(dW H dWt) / tr(W H Wt), or "weight", |dW| / |W| where there was no calibration; tokens, damp, loss (None
+        without calibration), seconds, fallback (None, or why the recipe's method was not used as given)
+    kept: one dict a matrix left as it was: name, names, kind, shape, reason
+    unpatched: parameters with two or more dimensions that no module above holds (fused experts): name, shape
+    calibration: windows, context and tokens, or None
+    """
+
+    recipe: dict[str, Any]
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    unpatched: list[dict[str, Any]] = field(default_factory=list)
+    calibration: dict[str, int] | None = None
+    parameter_bytes: int = 0
+    packed_parameter_bytes: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Any = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    context: int | None = None,
+    max_windows: int | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Replaces the matrices of a model by packed ones, as a recipe says, in place.
+
+    model: any module called with token ids int64 [batch, tokens]; a transformers model on its device, in float32,
+        bfloat16 or float16, which is also the dtype of calibration. calibration: see `token_windows`; not needed when
+        every module is rounded to nearest. recipe: default Recipe(). context: tokens a window, default the model's
+        longest up to 2048. max_windows: use only the first so many. batch_size: windows a forward pass. progress: told what happens.
+
+    Returns the report, which is also kept as `model._lowbit_report` for saving.
+    ValueError or TypeError before anything is changed: recipe, rules or data that do not fit the model. Numbers never
+    raise: a matrix that cannot be solved is rounded to nearest, and its row says why.
+    """
+    start = time.monotonic()
+    recipe = Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
+    progress = progress if progress is not None else Progress()
+    plan = make_plan(model, recipe)
+    windows = None
+    if any(m.spec.method == "gptq" for m in plan.quantized):
+        if calibration is None:
+            raise ValueError("calibration: expected data, got None (only method='rtn' needs none)")
+        windows = token_windows(
+            calibration,
+            tokenizer,
+            context=_default_context(model) if context is None else context,
+            vocab_size=_vocabulary(model),
+            max_windows=max_windows,
+        )
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+
+    report = _new_report(model, recipe, plan, windows)
+    progress.on_plan(plan)
+    run = _Run(model, recipe, plan, windows, batch_size, report, progress)
+    # Not inference_mode here: tensors made in it could not be used in training afterwards.
+    with torch.no_grad(), _calibration_mode(model):
+        run.everything()
+    report.packed_parameter_bytes -= sum(m.packed_bytes for m in plan.quantized) - run.packed_bytes
+    report.seconds = time.monotonic() - start
+    model._lowbit_report = report
+    progress.on_done(report)
+    return report
+
+
+class _Run:
+    """One run's state: what is still to be packed, and how to reach it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        plan: Plan,
+        windows: torch.Tensor | None,
+        batch_size: int | None,
+        report: Report,
+        progress: Progress,
+    ) -> None:
+        self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
+        self.left = {m.name: m for m in plan.quantized}
+        self.packed_bytes = 0
+        self.batches: tuple[torch.Tensor, ...] = ()
+        if windows is not None:
+            size = max(1, _BATCH_TOKENS // windows.shape[1]) if batch_size is None else batch_size
+            self.batches = windows.to(next(model.parameters()).device).split(size)
+        self._call, self._options = _forward_call(model)
+
+    def everything(self) -> None:
+        self.round_to_nearest([m for m in self.left.values() if m.is_table], None)
+        if self.batches:
+            self.calibrated()
+        reason = "calibration reached no token of it"
+        self.round_to_nearest([m for m in self.left.values() if m.spec.method == "rtn"], None)
+        self.round_to_nearest(list(self.left.values()), reason)
+
+    def calibrated(self) -> None:
+        """Everything that a forward pass of the model reaches."""
+        # A model without blocks is one block.
+        blocks = find_blocks(self.model) or {"": self.model}
+        inside = {name: self._inside(name) for name in blocks}
+        planned_inside = {m for names in inside.values() for m in names}
+        outside = [name for name in self.left if name not in planned_inside]
+        seen = survey(self.short_forward, blocks, {name: self.model.get_submodule(name) for name in outside})
+        outside += [name for block in blocks if block in seen.repeated for name in inside[block]]
+
+        order = {name: i for i, name in enumerate(seen.order)}
+        first_block = min((order[name] for name in blocks if name in order), default=0)
+        before = [n for n in outside if order.get(n, first_block) < first_block]
+        self.outside_blocks(before)
+
+        segments = [segment.until(lambda step: bool(inside[step.name])) for segment in seen.segments]
+        total = sum(len(segment.steps) for segment in segments)
+        index = 0
+        for segment in segments:
+            if not segment.steps:
+                continue
+            replay = Replay(self.short_forward, segment, len(self.batches))
+            for i, step in enumerate(segment.steps):
+                self.progress.on_block_start(index, total, step.name)
+                self.stages(lambda batch, replay=replay, i=i: replay.run(i, batch), inside[step.name])
+                replay.advance(i)
+                self.progress.on_block_end(index, total, step.name)
+                index += 1
+        self.outside_blocks([n for n in outside if n in self.left])
+
+    def outside_blocks(self, names: list[str]) -> None:
+        """Packs modules that are reached only by running the whole model."""
+        self.stages(self.forward, names, self.short_forward)
+
+    def stages(
+        self, forward: Callable[[int], object], names: list[str], discover: Callable[[int], object] | None = None
+    ) -> None:
+        """Packs some modules stage by stage. forward(batch) reaches them; discover is a cheaper forward pass that shows
+        which of them share an input."""
+        self.round_to_nearest([self.left[n] for n in names if self.left[n].spec.method == "rtn"], None)
+        modules = {name: self.model.get_submodule(name) for name in names if name in self.left}
+        if not modules:
+            return
+        groups = _shared_inputs(discover or forward, len(self.batches), modules)
+        for stage in self._stages(groups) if self.recipe.true_sequential else [groups]:
+            hessians = self._hessians(forward, stage, modules)
+            for group in stage:
+                self._solve(group, hessians.pop(group[0]))
+
+    def round_to_nearest(self, modules: list[PlannedModule], reason: str | None) -> None:
+        for planned in modules:
+            begin, spec = time.monotonic(), planned.spec
+            weight = weight_matrix(self.model.get_submodule(planned.name))
+            packed = PackedMatrix.from_float(
+                _finite(weight.float().contiguous()),
+                spec.format,
+                spec.group_size_for(planned.shape[1]),
+                symmetric=spec.symmetric,
+                scale_dtype=getattr(torch, spec.scale_dtype),
+                clip=spec.clip,
+            )
+            error = _relative_weight_error(weight, packed)
+            figures = {"method": "rtn", "relative_error": error, "error_of": "weight", "fallback": reason}
+            self._pack(planned, packed, figures, time.monotonic() - begin)
+
+    @torch.inference_mode()
+    def forward(self, batch: int) -> object:
+        """The whole model on one batch."""
+        return self._call(self.batches[batch])
+
+    @torch.inference_mode()
+    def short_forward(self, batch: int) -> object:
+        """The same with logits of the last position only, where the model can: logits are not what is wanted."""
+        return self._call(self.batches[batch], **self._options)
+
+    def _solve(self, group: list[str], hessian: Hessian) -> None:
+        matrix = hessian.matrix
+        for name in group:
+            begin, planned = time.monotonic(), self.left[name]
+            spec = planned.spec
+            weight = weight_matrix(self.model.get_submodule(name)).float().contiguous()
+            solution = solve(
+                weight,
+                matrix,
+                format=spec.format,
+                group_size=spec.group_size_for(planned.shape[1]),
+                symmetric=spec.symmetric,
+                clip=spec.clip,
+                order=spec.order,
+                grids=spec.grids,
+                damp=spec.damp,
+                scale_dtype=getattr(torch, spec.scale_dtype),
+            )
+            figures = {
+                "method": "gptq",
+                "relative_error": solution.relative_error,
+                "error_of": "output",
+                "damp": solution.damp,
+                "loss": solution.loss,
+                "tokens": hessian.tokens,
+                "fallback": solution.fallback,
+            }
+            self._pack(planned, solution.packed, figures, time.monotonic() - begin)
+
+    def _pack(self, planned: PlannedModule, packed: PackedMatrix, figures: dict[str, Any], seconds: float) -> None:
+        patch(self.model, dict.fromkeys(planned.names, packed), activations=planned.spec.activations)
+        del self.left[planned.name]
+        self.packed_bytes += packed.nbytes
+        row = {
+            "name": planned.name,
+            "names": list(planned.names),
+            "kind": planned.kind,
+            "shape": list(planned.shape),
+            "format": packed.format,
+            "group_size": packed.group_size,
+            "bits_per_weight": packed.bits_per_weight,
+            "method": None,
+            "relative_error": None,
+            "error_of": None,
+            "tokens": 0,
+            "damp": None,
+            "loss": None,
+            "seconds": seconds,
+            "fallback": None,
+        }
+        self.report.modules.append(row | figures)
+        self.progress.on_module(self.report.modules[-1])
+
+    def _inside(self, block: str) -> list[str]:
+        prefix = f"{block}." if block else ""
+        return [name for name in self.left if name.startswith(prefix)]
+
+    def _stages(self, groups: list[list[str]]) -> list[list[list[str]]]:
+        """Groups in stages, in order of execution. The same layer of sibling experts is one stage, or a block of many
+        experts would be run once for each of them."""
+        stages: dict[str, list[list[str]]] = {}
+        for group in groups:
+            stages.setdefault(self._without_list_indices(group[0]), []).append(group)
+        return list(stages.values())
+
+    def _without_list_indices(self, name: str) -> str:
+        parts = name.split(".")
+        lists = [isinstance(self.model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(len(parts))]
+        return ".".join("*" if inside else part for part, inside in zip(parts, lists, strict=True))
+
+    def _hessians(
+        self, forward: Callable[[int], object], stage: list[list[str]], modules: dict[str, nn.Module]
+    ) -> dict[str, Hessian]:
+        """The Hessian of every group of a stage, by the name of its first module."""
+        hessians = {group[0]: Hessian(self.left[group[0]].shape[1]) for group in stage}
+        alone = len(stage) == 1
+
+        def add_input(name: str):
+            def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+                x = _input(args, kwargs)
+                if x.numel():
+                    hessians[name].add(x)
+                if alone:
+                    stop()
+
+            return hook
+
+        with hooks() as add:
+            for name in hessians:
+                add(modules[name].register_forward_pre_hook(add_input(name), with_kwargs=True))
+            for batch in range(len(self.batches)):
+                until_stop(forward, batch)
+        return hessians
+
+
+def _shared_inputs(
+    forward: Callable[[int], object], batches: int, modules: dict[str, nn.Module]
+) -> list[list[str]]:
+    """Modules grouped by the tensor that they read, groups in order of execution. Modules that are never reached are
+    in no group; batches are run until all have been (experts) or there are no more."""
+    groups: list[list[str]] = []
+    missing = set(modules)
+    for batch in range(batches):
+        # The inputs stay alive until the batch is through, so that no address is met twice.
+        calls: dict[tuple, tuple[torch.Tensor, list[str]]] = {}
+
+        def note(name: str, calls=calls):
+            def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+                x = _input(args, kwargs)
+                if x.numel():
+                    key = (x.data_ptr(), x.shape, x.stride())
+                    calls.setdefault(key, (x, []))[1].append(name)
+
+            return hook
+
+        with hooks() as add:
+            for name, module in modules.items():
+                add(module.register_forward_pre_hook(note(name), with_kwargs=True))
+            forward(batch)
+        counts: dict[str, int] = {}
+        for _, names in calls.values():
+            for name in names:
+                counts[name] = counts.get(name, 0) + 1
+        for _, names in calls.values():
+            # A module that reads several tensors has a Hessian of its own, of all of them.
+            shared = [n for n in names if counts[n] == 1 and n in missing]
+            groups += [shared] if shared else []
+            for name in names:
+                if counts[name] > 1 and name in missing:
+                    groups.append([name])
+                    missing.discard(name)
+            missing -= set(shared)
+        if not missing:
+            break
+    return groups
+
+
+def _input(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _finite(weight: torch.Tensor) -> torch.Tensor:
+    """Weights that are not numbers have no code nearest to them; zero is what they are packed as."""
+    return weight if bool(weight.isfinite().all()) else weight.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _relative_weight_error(weight: torch.Tensor, packed: PackedMatrix) -> float:
+    """|packed - weight| / |weight| (Frobenius), a part of the rows at a time."""
+    difference = norm = 0.0
+    rows = max(1, (1 << 22) // packed.cols)
+    for begin in range(0, packed.rows, rows):
+        part = slice(begin, min(begin + rows, packed.rows))
+        exact = _finite(weight[part].double())
+        difference += float((packed.unpack(rows=part).double() - exact).square().sum())
+        norm += float(exact.square().sum())
+    return (difference / norm) ** 0.5 if norm else 0.0
+
+
+def _new_report(model: nn.Module, recipe: Recipe, plan: Plan, windows: torch.Tensor | None) -> Report:
+    held = {id(t.module.weight) for t in find_targets(model)}
+    return Report(
+        recipe=recipe.to_dict(),
+        kept=[
+            {"name": m.name, "names": list(m.names), "kind": m.kind, "shape": list(m.shape), "reason": m.reason}
+            for m in plan.kept
+        ],
+        unpatched=[
+            {"name": name, "shape": list(p.shape)}
+            for name, p in model.named_parameters()
+            if p.ndim > 1 and id(p) not in held
+        ],
+        calibration=None
+        if windows is None
+        else {"windows": windows.shape[0], "context": windows.shape[1], "tokens": windows.numel()},
+        parameter_bytes=plan.parameter_bytes,
+        packed_parameter_bytes=plan.packed_parameter_bytes,
+    )
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _default_context(model: nn.Module) -> int:
+    longest = getattr(_text_config(model), "max_position_embeddings", None)
+    return min(longest, MAX_DEFAULT_CONTEXT) if longest else MAX_DEFAULT_CONTEXT
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Rows of the token embedding, or what the configuration says."""
+    tables = [t.shape[0] for t in find_targets(model) if t.is_table and "embedding" in t.kinds]
+    return tables[0] if tables else getattr(_text_config(model), "vocab_size", None)
+
+
+def _forward_call(model: nn.Module) -> tuple[Callable[..., object], dict[str, Any]]:
+    """(call of a model on token ids, without cache; options that spare it logits), from its forward's signature."""
+    parameters = inspect.signature(model.forward).parameters
+    fixed = {"use_cache": False} if "use_cache" in parameters else {}
+    options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return lambda ids, **more: model(input_ids=ids, decoder_input_ids=ids, **fixed, **more), options
+    if "input_ids" in parameters:
+        return lambda ids, **more: model(input_ids=ids, **fixed, **more), options
+    return lambda ids, **more: model(ids, **fixed, **more), options
+
+
+@contextmanager
+def _calibration_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without caches; as before afterwards."""
+    training = [(m, m.training) for m in model.modules()]
+    config = getattr(model, "config", None)
+    configs = [c for c in {id(c): c for c in (config, _text_config(model))}.values() if hasattr(c, "use_cache")]
+    caches = [(c, c.use_cache) for c in configs]
+    model.eval()
+    for c in configs:
+        c.use_cache = False
+    try:
+        yield
+    finally:
+        for c, use_cache in caches:
+            c.use_cache = use_cache
+        for module, mode in training:
+            module.training = mode
