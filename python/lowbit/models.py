@@ -1,9 +1,9 @@
 """Where a model's matrices are, and how one is exchanged for a packed matrix.
 
-Nothing here knows an architecture by name. A matrix is found by the type of its module (nn.Linear, the Conv1D of
-GPT-2, nn.Embedding), the blocks by the structure of the module tree, the head and the token embedding by the model's
-own accessors. Modules that share one weight (tied head and embedding, or one module under several names) are one
-target and stay one matrix.
+Nothing here knows an architecture by name. A matrix is found by the type of its module (nn.Linear, the Conv1D
+of GPT-2, nn.Embedding), the blocks by the structure of the module tree, the head and the token embedding by
+the model's own accessors. Modules that share one weight (tied head and embedding, or one module under several
+names) are one target and stay one matrix.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lowbit.matrix import PackedMatrix
 class Target:
     """One weight matrix [rows, cols] of a model, and every module that holds it.
 
-    names: full module names, the first in module order being the one that reports use; kinds: of each name, "linear"
-    (inside a block), "head", "embedding" (the token embedding, or a table tied to it) or "other"; module: the one of
-    the first name; obstacle: why this weight has to stay as it is, or None.
+    names: full module names, the first in module order being the one that reports use; kinds: of each name,
+    "linear" (inside a block), "head", "embedding" (the token embedding, or a table tied to it) or "other";
+    module: the one of the first name; obstacle: why this weight has to stay as it is, or None.
     """
 
     names: tuple[str, ...]
@@ -55,7 +55,8 @@ class Target:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's Conv1D: a linear layer that stores its weight as [in_features, out_features]."""
+    """Whether a module is GPT-2's Conv1D: a linear layer that stores its weight as [in_features,
+    out_features]."""
     # Only a model built by transformers can hold one, and then the class is already imported.
     library = sys.modules.get("transformers.pytorch_utils")
     return library is not None and isinstance(module, library.Conv1D)
@@ -67,8 +68,8 @@ def has_matrix(module: nn.Module) -> bool:
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear layer, Conv1D or embedding as [rows, cols] = [outputs or vocabulary, inputs or width]: a
-    view, in the weight's dtype."""
+    """The weight of a linear layer, Conv1D or embedding as [rows, cols] = [outputs or vocabulary, inputs or
+    width]: a view, in the weight's dtype."""
     weight = module.weight.detach()
     return weight.t() if is_conv1d(module) else weight
 
@@ -76,9 +77,10 @@ def weight_matrix(module: nn.Module) -> torch.Tensor:
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated blocks of a model by full name, in module order; empty when it has none.
 
-    A candidate is a ModuleList or Sequential of children that repeat few classes and each hold matrices deeper down.
-    Of the outermost candidates the one with most weights is taken, with those of the same class of blocks; an
-    encoder-decoder model gives all of them. So a vision tower beside a language model is no block list.
+    A candidate is a ModuleList or Sequential of children that repeat few classes and each hold matrices
+    deeper down. Of the outermost candidates the one with most weights is taken, with those of the same class
+    of blocks; an encoder-decoder model gives all of them. So a vision tower beside a language model is no
+    block list.
     """
     lists = {name: module for name, module in _outermost_block_lists(model, "")}
     if not lists:
@@ -115,7 +117,9 @@ def find_targets(model: nn.Module) -> list[Target]:
         members.sort(key=lambda member: not isinstance(member[1], nn.Embedding))
         kinds = []
         for name, module in members:
-            if module is embedding or (isinstance(module, nn.Embedding) and any(m is head for _, m in members)):
+            if module is embedding or (
+                isinstance(module, nn.Embedding) and any(m is head for _, m in members)
+            ):
                 kinds.append("embedding")
             elif module is head:
                 kinds.append("head")
@@ -141,13 +145,16 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     model.get_submodule(parent)._modules[attribute] = new
 
 
-def patch(model: nn.Module, matrices: Mapping[str, PackedMatrix], *, activations: str | Mapping[str, str] = "float") -> None:
+def patch(
+    model: nn.Module, matrices: Mapping[str, PackedMatrix], *, activations: str | Mapping[str, str] = "float"
+) -> None:
     """Replaces modules by lowbit.nn modules around packed matrices, in place.
 
-    matrices: {full module name: PackedMatrix}. One PackedMatrix under several names is shared by all of them (a tied
-    table). The new module keeps bias, padding index, the embedding's scale and training mode. activations: "float",
-    "int8" or {name: either}.
-    ValueError: a module that cannot hold a packed matrix, or one of another shape. AttributeError: no such module.
+    matrices: {full module name: PackedMatrix}. One PackedMatrix under several names is shared by all of them
+    (a tied table). The new module keeps bias, padding index, the embedding's scale and training mode.
+    activations: "float", "int8" or {name: either}.
+    ValueError: a module that cannot hold a packed matrix, or one of another shape. AttributeError: no such
+    module.
     """
     made: dict[int, nn.Module] = {}
     replacements: list[tuple[str, nn.Module]] = []
@@ -165,7 +172,9 @@ def _packed_module(name: str, old: nn.Module, packed: PackedMatrix, activations:
     if not has_matrix(old):
         raise ValueError(f"{name}: expected a linear layer, Conv1D or embedding, got {type(old).__name__}")
     if tuple(packed.shape) != tuple(weight_matrix(old).shape):
-        raise ValueError(f"{name}: expected a packed matrix of shape {tuple(weight_matrix(old).shape)}, got {packed.shape}")
+        raise ValueError(
+            f"{name}: expected a packed matrix of shape {tuple(weight_matrix(old).shape)}, got {packed.shape}"
+        )
     if isinstance(old, nn.Embedding):
         new = lowbit_nn.Embedding.from_packed(
             packed, padding_idx=old.padding_idx, dtype=old.weight.dtype, embed_scale=_embed_scale(old)
@@ -178,19 +187,23 @@ def _packed_module(name: str, old: nn.Module, packed: PackedMatrix, activations:
 def _outermost_block_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     children = list(module.children())
     repeats = len({type(c) for c in children}) <= max(1, len(children) // 2)
-    if isinstance(module, nn.ModuleList | nn.Sequential) and children and repeats:
-        if all(not has_matrix(c) and _matrix_weights(c) for c in children):
-            yield name, module
-            return
+    composite = bool(children) and all(not has_matrix(c) and _matrix_weights(c) for c in children)
+    if isinstance(module, nn.ModuleList | nn.Sequential) and repeats and composite:
+        yield name, module
+        return
     for child_name, child in module.named_children():
         yield from _outermost_block_lists(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _matrix_weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if has_matrix(m) and not isinstance(m, nn.Embedding))
+    return sum(
+        m.weight.numel() for m in module.modules() if has_matrix(m) and not isinstance(m, nn.Embedding)
+    )
 
 
-def _embedding_and_head(model: nn.Module, in_block: tuple[str, ...]) -> tuple[nn.Module | None, nn.Module | None]:
+def _embedding_and_head(
+    model: nn.Module, in_block: tuple[str, ...]
+) -> tuple[nn.Module | None, nn.Module | None]:
     embedding, head = _accessor(model, "get_input_embeddings"), _accessor(model, "get_output_embeddings")
     if embedding is None:
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -219,7 +232,13 @@ def _accessor(model: nn.Module, name: str) -> nn.Module | None:
 
 def _weight_key(module: nn.Module) -> tuple:
     weight = module.weight
-    return (weight.data_ptr() or id(weight), weight.device, tuple(weight.shape), weight.stride(), weight.dtype)
+    return (
+        weight.data_ptr() or id(weight),
+        weight.device,
+        tuple(weight.shape),
+        weight.stride(),
+        weight.dtype,
+    )
 
 
 def _obstacle(name: str, module: nn.Module, keep_in_fp32: tuple[str, ...]) -> str | None:
@@ -244,7 +263,8 @@ def _obstacle(name: str, module: nn.Module, keep_in_fp32: tuple[str, ...]) -> st
 
 @torch.no_grad()
 def _behaves_plainly(module: nn.Module) -> bool:
-    """Whether a subclass computes what its base class does, up to rounding and the scale of a scaled embedding."""
+    """Whether a subclass computes what its base class does, up to rounding and the scale of a scaled
+    embedding."""
     if type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module):
         return True
     weight = module.weight.detach()
@@ -252,7 +272,9 @@ def _behaves_plainly(module: nn.Module) -> bool:
         probe = torch.arange(min(4, module.num_embeddings), device=weight.device)[None]
         expected = F.embedding(probe, weight) * (_embed_scale(module) or 1.0)
     else:
-        probe = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
+        probe = (
+            torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
+        )
         expected = F.linear(probe, weight, module.bias)
     try:
         result = module(probe)

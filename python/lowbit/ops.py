@@ -39,7 +39,8 @@ def _matmul(x, codes, scales, zeros, perm, bias, format, cols, group_size, activ
         tokens = tokens.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    y = torch.empty(tokens.shape[0], rows, dtype=x.dtype)
+    # Made in its final shape: a view could not be changed in place under autograd, as residual additions do.
+    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     dtype = FLOAT_DTYPES[x.dtype]
     matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size)).matmul(
         tokens.data_ptr(),
@@ -52,7 +53,7 @@ def _matmul(x, codes, scales, zeros, perm, bias, format, cols, group_size, activ
         rows,
         lookup(ACTIVATIONS, activations, "activations"),
     )
-    return y.view(*x.shape[:-1], rows)
+    return y
 
 
 @torch.library.register_fake("lowbit::matmul", lib=library)

@@ -1,9 +1,9 @@
 """Quantizing a model: `lowbit.quantize(model, calibration, recipe)` is this package, called.
 
-    recipe       what becomes of which module            plan      a recipe applied to a model
-    calibration  any data as windows of token ids        replay    blocks run one at a time
-    hessian      what the solver knows of the inputs     gptq      the solver
-    run          the whole of it                         progress  how far it is
+recipe       what becomes of which module            plan      a recipe applied to a model
+calibration  any data as windows of token ids        replay    blocks run one at a time
+hessian      what the solver knows of the inputs     gptq      the solver
+run          the whole of it                         progress  how far it is
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ __all__ = [
 
 
 class _CallablePackage(ModuleType):
-    """Python binds a package to its name in the parent, so `lowbit.quantize` is the package whenever it is loaded;
-    calling it has to be calling the function of the same name."""
+    """Python binds a package to its name in the parent, so `lowbit.quantize` is the package whenever it is
+    loaded; calling it has to be calling the function of the same name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Report:
         return quantize(*args, **kwargs)

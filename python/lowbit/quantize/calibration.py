@@ -1,8 +1,8 @@
 """Calibration data: whatever the user has, as windows of token ids.
 
-All texts or sequences are joined into one stream of tokens in the order given, with no special tokens added, and the
-stream is cut into windows of equal length that do not overlap; the rest is dropped. Equal windows need no padding and
-no attention mask. The same data give the same windows on every machine.
+All texts or sequences are joined into one stream of tokens in the order given, with no special tokens added,
+and the stream is cut into windows of equal length that do not overlap; the rest is dropped. Equal windows
+need no padding and no attention mask. The same data give the same windows on every machine.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ def token_windows(
     """Calibration windows int64 [windows, context]; of fewer tokens when the data have fewer than one window.
 
     data is one of
-      - a path (str or Path) to a text file, or to a folder: its .md, .py and .txt files at any depth, sorted by path
+      - a path (str or Path) to a text file, or to a folder: its .md, .py and .txt files at any depth, sorted
+      by path
       - a list of texts
       - token ids: a tensor [T] or [n, T] of integers, a list of ids, or a list of such lists or tensors
       - a dataset with `column_names` "input_ids" or "text" (Hugging Face `datasets`), or a list of such rows
-    tokenizer: one of transformers or tokenizers; needed for text. vocab_size: ids must be below it. max_windows: stop
-    after so many; the rest of the data is not read.
+    tokenizer: one of transformers or tokenizers; needed for text. vocab_size: ids must be below it.
+    max_windows: stop after so many; the rest of the data is not read.
 
     ValueError: no tokens, an id outside the vocabulary, text without a tokenizer, a context below 2.
     TypeError: data of another type. FileNotFoundError: no such path.
@@ -66,13 +67,17 @@ def _sequences(data: Any, tokenizer: Any) -> Iterator[torch.Tensor]:
             raise ValueError(f"calibration: expected token ids of 1 or 2 dimensions, got {tuple(data.shape)}")
         yield _ids(data).flatten()
     elif isinstance(data, dict) or not isinstance(data, Iterable):
-        raise TypeError(f"calibration: expected texts, token ids, a path or a dataset, got {type(data).__name__}")
+        raise TypeError(
+            f"calibration: expected texts, token ids, a path or a dataset, got {type(data).__name__}"
+        )
     elif isinstance(data, list | tuple) and data and all(_is_int(item) for item in data):
         yield _ids(data)
     else:
         columns = getattr(data, "column_names", None)
         if columns is not None and not {"text", "input_ids"} & set(columns):
-            raise ValueError(f"calibration: expected a column named input_ids or text, got {', '.join(columns)}")
+            raise ValueError(
+                f"calibration: expected a column named input_ids or text, got {', '.join(columns)}"
+            )
         for item in data:
             if isinstance(item, dict):
                 item = item["input_ids"] if "input_ids" in item else item.get("text")
@@ -81,7 +86,9 @@ def _sequences(data: Any, tokenizer: Any) -> Iterator[torch.Tensor]:
             elif isinstance(item, torch.Tensor | list | tuple):
                 yield _ids(item).flatten()
             else:
-                raise TypeError(f"calibration: expected texts or lists of token ids, got a {type(item).__name__}")
+                raise TypeError(
+                    f"calibration: expected texts or lists of token ids, got a {type(item).__name__}"
+                )
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -104,7 +111,9 @@ def _encode(text: str, tokenizer: Any) -> torch.Tensor:
     elif hasattr(tokenizer, "encode"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     else:
-        raise TypeError(f"tokenizer: expected one of transformers or tokenizers, got {type(tokenizer).__name__}")
+        raise TypeError(
+            f"tokenizer: expected one of transformers or tokenizers, got {type(tokenizer).__name__}"
+        )
     return torch.tensor(ids, dtype=torch.int64)
 
 

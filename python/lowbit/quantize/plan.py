@@ -1,4 +1,5 @@
-"""The plan: what a recipe makes of every matrix of a model, decided and checked before anything is touched."""
+"""The plan: what a recipe makes of every matrix of a model, decided and checked before anything is
+touched."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from lowbit.matrix import LINE_BYTES
 from lowbit.models import Target, find_targets, weight_matrix
 from lowbit.quantize.recipe import ModuleSpec, Recipe, rule_regex
 
-# Below this many rows or columns a matrix (a router, a gate, a classifier) saves next to nothing, is sensitive, and
-# fits no GPTQ checkpoint, whose words hold 32 codes. Only a rule quantizes it.
+# Below this many rows or columns a matrix (a router, a gate, a classifier) saves next to nothing, is
+# sensitive, and fits no GPTQ checkpoint, whose words hold 32 codes. Only a rule quantizes it.
 SMALLEST_SIDE = 32
 
 
@@ -23,8 +24,8 @@ SMALLEST_SIDE = 32
 class PlannedModule:
     """One matrix and what becomes of it. It holds no weights, so a plan keeps none of them alive.
 
-    names: the modules that share the matrix, the first being the one reported; spec: how it is quantized, or None
-    with `reason` why it stays; bytes, packed_bytes: its weight now and, when quantized, afterwards.
+    names: the modules that share the matrix, the first being the one reported; spec: how it is quantized, or
+    None with `reason` why it stays; bytes, packed_bytes: its weight now and, when quantized, afterwards.
     """
 
     names: tuple[str, ...]
@@ -43,7 +44,8 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every matrix of a model, in module order. parameter_bytes: all parameters of the model, shared ones once."""
+    """Every matrix of a model, in module order. parameter_bytes: all parameters of the model, shared ones
+    once."""
 
     modules: tuple[PlannedModule, ...]
     parameter_bytes: int
@@ -79,13 +81,17 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     return Plan(tuple(_planned(target, recipe) for target in targets), sum(parameters.values()))
 
 
-def packed_bytes(shape: tuple[int, int], spec: ModuleSpec, method: str) -> int:
-    """Bytes of the packed matrix [rows, cols] that a specification gives: lines, scales, zeros, permutation."""
+def packed_bytes(shape: tuple[int, int], spec: ModuleSpec) -> int:
+    """Bytes of the packed matrix [rows, cols] that a specification gives: lines, scales, zeros,
+    permutation."""
     rows, cols = shape
     groups = -(-cols // spec.group_size_for(cols))
     scale = getattr(torch, spec.scale_dtype).itemsize
-    permuted = method == "gptq" and spec.order != "none"
-    return rows * (LINE_BYTES * _C.row_lines(spec.bits, cols) + groups * (scale + (not spec.symmetric))) + 4 * cols * permuted
+    permuted = spec.method == "gptq" and spec.order == "act" and spec.grids == "updated"
+    return (
+        rows * (LINE_BYTES * _C.row_lines(spec.bits, cols) + groups * (scale + (not spec.symmetric)))
+        + 4 * cols * permuted
+    )
 
 
 def _planned(target: Target, recipe: Recipe) -> PlannedModule:
@@ -95,8 +101,9 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
     if spec is not None and spec.rule is None and min(target.shape) < SMALLEST_SIDE:
         spec, reason = None, f"fewer than {SMALLEST_SIDE} rows or columns"
     if spec is not None and target.is_table:
-        # Rows moved by the errors of a head's Hessian would no longer be the embeddings that the blocks expect.
-        spec = replace(spec, method="rtn", order="none")
+        # Rows moved by the errors of a head's Hessian would no longer be the embeddings that the blocks
+        # expect.
+        spec = replace(spec, method="rtn")
     return PlannedModule(
         names=target.names,
         kind=target.kind,
@@ -105,13 +112,13 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
         bytes=weight_matrix(target.module).nbytes,
         spec=spec,
         reason=reason,
-        packed_bytes=packed_bytes(target.shape, spec, spec.method) if spec is not None else 0,
+        packed_bytes=packed_bytes(target.shape, spec) if spec is not None else 0,
     )
 
 
 def _resolve(target: Target, recipe: Recipe) -> tuple[ModuleSpec | None, str | None]:
-    """The one specification for all modules of a target: a rule for any of them goes before the defaults, and a width
-    before 16 bits, since a shared matrix that one module wants packed is packed for all."""
+    """The one specification for all modules of a target: a rule for any of them goes before the defaults, and
+    a width before 16 bits, since a shared matrix that one module wants packed is packed for all."""
     by_rule, by_default = [], []
     for name, kind in zip(target.names, target.kinds, strict=True):
         pattern, _ = recipe.rule_for(name)
@@ -120,17 +127,26 @@ def _resolve(target: Target, recipe: Recipe) -> tuple[ModuleSpec | None, str | N
         distinct = {replace(s, rule=None) for s in specs if s is not None}
         if len(distinct) > 1 or (specs is by_rule and distinct and None in specs):
             wanted = ", ".join("16 bits" if s is None else f"{s.bits} bits" for s in specs)
-            raise ValueError(f"{' and '.join(target.names)} share one weight: expected one way to store it, got {wanted}")
+            raise ValueError(
+                f"{' and '.join(target.names)} share one weight: expected one way to store it, got {wanted}"
+            )
         if distinct:
             return next(s for s in specs if s is not None), None
         if specs is by_rule and specs:
             return None, "a rule leaves it"
-    return None, "the recipe gives it 16 bits" if target.kind != "other" else "outside the blocks, and no rule names it"
+    return (
+        None,
+        "the recipe gives it 16 bits"
+        if target.kind != "other"
+        else "outside the blocks, and no rule names it",
+    )
 
 
 def _check_rules(recipe: Recipe, names: Iterable[str]) -> None:
     names = list(names)
     for pattern, change in recipe.rules.items():
-        # A rule that leaves modules alone may be meant for many models; one that asks for something must find it.
+        # A rule that leaves modules alone may be meant for many models; one that asks for something must find
+        # it.
         if change != "skip" and not any(re.match(rule_regex(pattern), name) for name in names):
-            raise ValueError(f"rules: {pattern!r} matches no matrix of the model (names are like {names[-1] if names else None!r})")
+            like = f" (names are like {names[-1]!r})" if names else ""
+            raise ValueError(f"rules: {pattern!r} matches no matrix of the model{like}")

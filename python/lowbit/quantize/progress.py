@@ -1,7 +1,8 @@
 """Progress of a quantization run: the protocol, and two ways to show it in a terminal or a log.
 
-`quantize` calls the methods of one object in this order: on_plan once; for each block on_block_start, on_module for
-every matrix it packed, on_block_end; on_module for the matrices outside the blocks; on_done once.
+`quantize` calls the methods of one object in this order: on_plan once; for each block on_block_start,
+on_module for every matrix it packed, on_block_end; on_module for the matrices outside the blocks; on_done
+once.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class RichProgress(Progress):
 
 
 class TimeLeft:
-    """The time left, from the blocks done so far: what comes before the first block is not part of their pace."""
+    """The time left, from the blocks done so far: what comes before the first block is not part of their
+    pace."""
 
     def __init__(self) -> None:
         self._first: float | None = None
@@ -120,7 +122,8 @@ class TimeLeft:
 
 
 def terminal_progress(stream: TextIO | None = None) -> Progress:
-    """RichProgress when the stream (default standard error) is a terminal and rich is there, else PlainProgress."""
+    """RichProgress when the stream (default standard error) is a terminal and rich is there, else
+    PlainProgress."""
     stream = stream if stream is not None else sys.stderr
     if stream.isatty():
         try:
@@ -154,7 +157,8 @@ def done_line(report: Any) -> str:
     fallbacks = sum(1 for row in report.modules if row["fallback"])
     return (
         f"{len(report.modules)} matrices in {clock(report.seconds)} · {megabytes(report.parameter_bytes)} → "
-        f"{megabytes(report.packed_parameter_bytes)} MB" + (f" · {fallbacks} with a fallback" if fallbacks else "")
+        f"{megabytes(report.packed_parameter_bytes)} MB"
+        + (f" · {fallbacks} with a fallback" if fallbacks else "")
     )
 
 

@@ -1,9 +1,9 @@
 """The recipe: what every module of a model becomes.
 
-A recipe holds the defaults for the linear layers of the blocks, the width of the head and of the embedding, and
-ordered rules that override them by module name. A rule is a regular expression matched from the start of the full
-module name (`re.match`); the first rule that matches decides. The rules of GPTQModel's `dynamic` are valid here: a
-`+:` prefix (or none) overrides, `-:` leaves the module alone.
+A recipe holds the defaults for the linear layers of the blocks, the width of the head and of the embedding,
+and ordered rules that override them by module name. A rule is a regular expression matched from the start of
+the full module name (`re.match`); the first rule that matches decides. The rules of GPTQModel's `dynamic` are
+valid here: a `+:` prefix (or none) overrides, `-:` leaves the module alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BITS = (2, 3, 4, 8, 16)
 KINDS = ("linear", "head", "embedding", "other")
 METHODS = ("gptq", "rtn")
 ORDERS = ("none", "act", "gar")
-GRIDS = ("updated", "stale", "static")
+GRIDS = ("updated", "static")
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 ACTIVATIONS = ("float", "int8")
 
@@ -56,7 +56,8 @@ class ModuleSpec:
         return f"int{self.bits}"
 
     def group_size_for(self, cols: int) -> int:
-        """The group size for a matrix of `cols` columns: one group a row when groups would be as wide as the row.
+        """The group size for a matrix of `cols` columns: one group a row when groups would be as wide as the
+        row.
 
         A group size that does not divide `cols` stays: the last group of each row is then the shorter one.
         """
@@ -71,26 +72,30 @@ class Recipe:
     """The choices of a quantization run. All fields are checked when the recipe is made.
 
     bits           2, 3, 4 or 8 for the linear layers inside the blocks; 16 leaves them as they are
-    group_size     columns that share a scale: a multiple of 16, or -1 for one scale a row. A group wider than a row
-                   becomes the row; one that does not divide the row leaves a shorter last group
+    group_size     columns that share a scale: a multiple of 16, or -1 for one scale a row. A group wider than
+                   a row becomes the row; one that does not divide the row leaves a shorter last group
     symmetric      zero point 2^(bits-1) everywhere; False stores a zero point for every group
     scale_dtype    "float16", "bfloat16" or "float32"
-    order          column order of the solver: "none", "act" (by decreasing diagonal of the Hessian; stores a
-                   permutation) or "gar" (the same inside groups and among groups: nothing extra to store)
-    grids          when a group's grid is fixed: "updated" (from its weights with every correction so far), "stale"
-                   (without the corrections made inside the current block of columns) or "static" (from the original weights)
+    order          column order of the solver: "none", "act" (by decreasing diagonal of the Hessian) or "gar"
+                   (the same inside groups and among groups). Only "act" with updated grids has to store a
+                   permutation
+    grids          where a group's grid comes from: "updated" (its weights with every correction so far) or
+                   "static" (the original weights)
     clip           search the clipping of each group that minimises sum |error|^2.4
     damp           share of the Hessian's mean diagonal that is added to its diagonal, in (0, 1]
-    head_bits, embed_bits    width of the output head and of the token embedding (16 leaves them). A table that both
-                   share stays one table: give both the same width, or leave one at 16 to follow the other
-    rules          ordered {pattern: change}; a change is a width, "skip", "8:g64" (see `parse_change`) or a dict of
-                   fields of this class. A list of pairs or of "pattern=change" strings is accepted too
+    head_bits, embed_bits    width of the output head and of the token embedding (16 leaves them). A table
+                   that both share stays one table: give both the same width, or leave one at 16 to follow the
+                   other
+    rules          ordered {pattern: change}; a change is a width, "skip", "8:g64" (see `parse_change`) or a
+                   dict of fields of this class. A list of pairs or of "pattern=change" strings is accepted
+                   too
     activations    "float" or "int8": how the quantized layers represent their inputs
     method         "gptq", or "rtn" (round to nearest: needs no calibration)
-    true_sequential    calibrate each stage of a block on inputs that went through the quantized stages before it
+    true_sequential    calibrate each stage of a block on inputs that went through the quantized stages before
+                       it
 
-    Modules outside the blocks other than the head and the token embedding are quantized only when a rule gives their
-    bits. Raises ValueError or TypeError naming the field, what was expected and what was given.
+    Modules outside the blocks other than the head and the token embedding are quantized only when a rule
+    gives their bits. Raises ValueError or TypeError naming the field, what was expected and what was given.
     """
 
     bits: int = 4
@@ -161,18 +166,20 @@ class Recipe:
 
 
 def parse_rule(text: str) -> tuple[str, dict[str, Any] | str]:
-    """A rule written as on a command line: `PATTERN=CHANGE`, for example `embed_tokens=8`, `.*down_proj=8:g64`,
-    `lm_head=skip`. Returns (regular expression, change).
+    """A rule written as on a command line: `PATTERN=CHANGE`, for example `embed_tokens=8`,
+    `.*down_proj=8:g64`, `lm_head=skip`. Returns (regular expression, change).
 
-    A pattern of plain dotted names stands for every module whose name holds those parts in a row, and for everything
-    below it (`embed_tokens` means `model.embed_tokens`, `self_attn` its four projections); any other pattern is a
-    regular expression matched from the start of the full name.
+    A pattern of plain dotted names stands for every module whose name holds those parts in a row, and for
+    everything below it (`embed_tokens` means `model.embed_tokens`, `self_attn` its four projections); any
+    other pattern is a regular expression matched from the start of the full name.
     """
     if not isinstance(text, str):
         raise TypeError(f"rule: expected text, got {type(text).__name__}")
     pattern, equals, change = text.rpartition("=")
     if not equals or not pattern.strip():
-        raise ValueError(f"rule: expected PATTERN=CHANGE such as 'embed_tokens=8' or 'lm_head=skip', got {text!r}")
+        raise ValueError(
+            f"rule: expected PATTERN=CHANGE such as 'embed_tokens=8' or 'lm_head=skip', got {text!r}"
+        )
     pattern = pattern.strip()
     prefix = pattern[:2] if pattern[:2] in ("+:", "-:") else ""
     bare = pattern[len(prefix) :]
@@ -183,8 +190,9 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any] | str]:
 
 
 def parse_change(text: str) -> dict[str, Any] | str:
-    """The right side of a rule: `skip`, or parts joined by colons: a width (`8`, `int8`), `g64` (group size; `g-1` for
-    whole rows), `sym`/`asym`, a column order (`order-act`), a method (`rtn`, `gptq`), `clip`/`noclip`."""
+    """The right side of a rule: `skip`, or parts joined by colons: a width (`8`, `int8`), `g64` (group size;
+    `g-1` for whole rows), `sym`/`asym`, a column order (`order-act`), a method (`rtn`, `gptq`),
+    `clip`/`noclip`."""
     flags: dict[str, dict[str, Any]] = {
         "sym": {"symmetric": True},
         "asym": {"symmetric": False},
@@ -206,7 +214,8 @@ def parse_change(text: str) -> dict[str, Any] | str:
             new = flags[part]
         else:
             raise ValueError(
-                f"rule: expected skip, a width (8 or int8), g64 or one of {', '.join(flags)}, got {part!r} in {text!r}"
+                f"rule: expected skip, a width (8 or int8), g64 or one of {', '.join(flags)}, "
+                f"got {part!r} in {text!r}"
             )
         if new.keys() & change.keys():
             raise ValueError(f"rule: {', '.join(new)} given twice in {text!r}")
@@ -263,7 +272,9 @@ def _normalise_change(pattern: str, change: Any) -> dict[str, Any] | str:
         named = change.pop("format")
         width = re.fullmatch(r"int([2348])", str(named))
         if width is None or change.get("bits", int(width[1])) != int(width[1]):
-            raise ValueError(f"rules[{pattern!r}].format: expected int2, int3, int4 or int8 (as bits), got {named!r}")
+            raise ValueError(
+                f"rules[{pattern!r}].format: expected int2, int3, int4 or int8 (as bits), got {named!r}"
+            )
         change["bits"] = int(width[1])
     for name, value in change.items():
         _check(name, f"rules[{pattern!r}].{name}", value)
@@ -292,7 +303,13 @@ def _check_bool(label: str, value: Any) -> None:
 
 def _check(name: str, label: str, value: Any) -> None:
     """Checks one field of a module's specification; `label` is how the message calls it."""
-    choices = {"scale_dtype": SCALE_DTYPES, "order": ORDERS, "grids": GRIDS, "activations": ACTIVATIONS, "method": METHODS}
+    choices = {
+        "scale_dtype": SCALE_DTYPES,
+        "order": ORDERS,
+        "grids": GRIDS,
+        "activations": ACTIVATIONS,
+        "method": METHODS,
+    }
     if name in choices:
         if value not in choices[name]:
             raise ValueError(f"{label}: expected one of {', '.join(choices[name])}, got {value!r}")

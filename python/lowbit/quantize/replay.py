@@ -1,18 +1,19 @@
 """Runs the blocks of a model one at a time, each on what it would get inside the model.
 
-A survey runs the model once and notes, for every block, where each tensor among its arguments comes from: the output
-of the block before it (`flow`), or something made elsewhere and seen here for the first time (`stored`: the first
-hidden states, masks, position embeddings). Blocks linked by a flow form a segment. To begin a segment the model runs
-up to its first block, or to the last block that meets something new; from then on blocks are called alone, with
-their stored tensors and the outputs of the block before. So masks that differ from block to block, an encoder beside
-a decoder and models that do something between their blocks all work without being known by name.
+A survey runs the model once and notes, for every block, where each tensor among its arguments comes from: the
+output of the block before it (`flow`), or something made elsewhere and seen here for the first time
+(`stored`: the first hidden states, masks, position embeddings). Blocks linked by a flow form a segment. To
+begin a segment the model runs up to its first block, or to the last block that meets something new; from then
+on blocks are called alone, with their stored tensors and the outputs of the block before. So masks that
+differ from block to block, an encoder beside a decoder and models that do something between their blocks all
+work without being known by name.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +37,8 @@ class _Slot:
 
 @dataclass
 class _Step:
-    """One block of a segment: its arguments with slots for tensors, and the slots that are new here, as (position
-    among the tensors of the arguments, slot index)."""
+    """One block of a segment: its arguments with slots for tensors, and the slots that are new here, as
+    (position among the tensors of the arguments, slot index)."""
 
     name: str
     block: nn.Module
@@ -59,8 +60,9 @@ class Segment:
 
 @dataclass
 class Survey:
-    """How a model runs its blocks. segments: blocks that run once a forward pass, in order of execution. order: names
-    of the watched modules and of the blocks by first execution; repeated: blocks that run several times."""
+    """How a model runs its blocks. segments: blocks that run once a forward pass, in order of execution.
+    order: names of the watched modules and of the blocks by first execution; repeated: blocks that run
+    several times."""
 
     segments: list[Segment]
     order: list[str]
@@ -96,7 +98,10 @@ def survey(forward: Forward, blocks: dict[str, nn.Module], watched: dict[str, nn
                 # The reference tells a tensor met before from a new one at the same address.
                 origin = origins.get(id(tensor))
                 if origin is None or origin[0]() is not tensor:
-                    origin = origins[id(tensor)] = (weakref.ref(tensor), sum(len(s.new) for s in segments[-1].steps) + len(new))
+                    origin = origins[id(tensor)] = (
+                        weakref.ref(tensor),
+                        sum(len(s.new) for s in segments[-1].steps) + len(new),
+                    )
                     new.append((position, origin[1]))
                 return _Slot(False, origin[1])
 
@@ -127,9 +132,11 @@ def survey(forward: Forward, blocks: dict[str, nn.Module], watched: dict[str, nn
 
 
 class Replay:
-    """The blocks of a segment on all batches: `run(i, batch)` calls block i, `advance(i)` moves on to the next.
+    """The blocks of a segment on all batches: `run(i, batch)` calls block i, `advance(i)` moves on to the
+    next.
 
-    What is kept: the stored tensors until their last use, and the outputs of one block, both in the model's dtype.
+    What is kept: the stored tensors until their last use, and the outputs of one block, both in the model's
+    dtype.
     """
 
     def __init__(self, forward: Forward, segment: Segment, batches: int) -> None:
@@ -177,7 +184,9 @@ class Replay:
                 for position, index in self.steps[i].new:
                     tensor = found[position]
                     # Masks and position embeddings are the same for every batch: keep one.
-                    same = batch > 0 and tensor.shape == first[index].shape and torch.equal(tensor, first[index])
+                    same = (
+                        batch > 0 and tensor.shape == first[index].shape and torch.equal(tensor, first[index])
+                    )
                     stored[index] = first[index] if same else tensor
                 if i == last:
                     raise _Stop
@@ -192,10 +201,8 @@ class Replay:
 
 def until_stop(forward: Callable[..., object], *args: Any) -> None:
     """Calls forward, which a hook may end early by `stop()`."""
-    try:
+    with suppress(_Stop):
         forward(*args)
-    except _Stop:
-        pass
 
 
 def stop() -> None:
@@ -205,7 +212,8 @@ def stop() -> None:
 
 @contextmanager
 def hooks() -> Iterator[Callable[[Any], None]]:
-    """`with hooks() as add: add(module.register_forward_hook(f))`: removed at the end, also after an error."""
+    """`with hooks() as add: add(module.register_forward_hook(f))`: removed at the end, also after an
+    error."""
     handles: list[Any] = []
     try:
         yield handles.append

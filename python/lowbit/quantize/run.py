@@ -7,10 +7,10 @@
     modules after them, the head   /
     what calibration never reached rounded to nearest, with the reason recorded
 
-A block's modules form stages in order of execution; modules that read the same tensor (query, key and value, gate and
-up) share one Hessian and one stage. Beside the model, memory holds one block's activations for all calibration
-windows, in the model's dtype, and the Hessians of one stage. Every figure is a function of the model, the windows and
-the recipe.
+A block's modules form stages in order of execution; modules that read the same tensor (query, key and value,
+gate and up) share one Hessian and one stage. Beside the model, memory holds one block's activations for all
+calibration windows, in the model's dtype, and the Hessians of one stage. Every figure is a function of the
+model, the windows and the recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import nn
 from lowbit.matrix import PackedMatrix
 from lowbit.models import find_blocks, find_targets, patch, weight_matrix
 from lowbit.quantize.calibration import token_windows
-from lowbit.quantize.gptq import solve
+from lowbit.quantize.gptq import Factor, prepare_factor, solve
 from lowbit.quantize.hessian import Hessian
 from lowbit.quantize.plan import Plan, PlannedModule, make_plan
 from lowbit.quantize.progress import Progress
@@ -43,10 +43,11 @@ _BATCH_TOKENS = 4096  # of a batch by default: enough rows for a matrix product 
 class Report:
     """What a run did, in plain values.
 
-    modules: one dict a packed matrix, in order of packing: name, names (all modules that share it), kind, shape [rows, cols],
+    modules: one dict a packed matrix, in order of packing: name, names (all modules that share it), kind,
+    shape [rows, cols],
         format, group_size, bits_per_weight, method, relative_error and its `error_of`: "output", the root of
-        tr(dW H dWt) / tr(W H Wt), or "weight", |dW| / |W| where there was no calibration; tokens, damp, loss (None
-        without calibration), seconds, fallback (None, or why the recipe's method was not used as given)
+        tr(dW H dWt) / tr(W H Wt), or "weight", |dW| / |W| where there was no calibration; tokens, damp, loss
+        (None without calibration), seconds, fallback (None, or why the recipe's method was not used as given)
     kept: one dict a matrix left as it was: name, names, kind, shape, reason
     unpatched: parameters with two or more dimensions that no module above holds (fused experts): name, shape
     calibration: windows, context and tokens, or None
@@ -78,17 +79,21 @@ def quantize(
 ) -> Report:
     """Replaces the matrices of a model by packed ones, as a recipe says, in place.
 
-    model: any module called with token ids int64 [batch, tokens]; a transformers model on its device, in float32,
-        bfloat16 or float16, which is also the dtype of calibration. calibration: see `token_windows`; not needed when
-        every module is rounded to nearest. recipe: default Recipe(). context: tokens a window, default the model's
-        longest up to 2048. max_windows: use only the first so many. batch_size: windows a forward pass. progress: told what happens.
+    model: any module called with token ids int64 [batch, tokens]; a transformers model on its device, in
+    float32,
+        bfloat16 or float16, which is also the dtype of calibration. calibration: see `token_windows`; not
+        needed when every module is rounded to nearest. recipe: default Recipe(). context: tokens a window,
+        default the model's longest up to 2048. max_windows: use only the first so many. batch_size: windows a
+        forward pass. progress: told what happens.
 
     Returns the report, which is also kept as `model._lowbit_report` for saving.
-    ValueError or TypeError before anything is changed: recipe, rules or data that do not fit the model. Numbers never
-    raise: a matrix that cannot be solved is rounded to nearest, and its row says why.
+    ValueError or TypeError before anything is changed: recipe, rules or data that do not fit the model.
+    Numbers never raise: a matrix that cannot be solved is rounded to nearest, and its row says why.
     """
     start = time.monotonic()
-    recipe = Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
+    recipe = (
+        Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
+    )
     progress = progress if progress is not None else Progress()
     plan = make_plan(model, recipe)
     windows = None
@@ -183,10 +188,13 @@ class _Run:
         self.stages(self.forward, names, self.short_forward)
 
     def stages(
-        self, forward: Callable[[int], object], names: list[str], discover: Callable[[int], object] | None = None
+        self,
+        forward: Callable[[int], object],
+        names: list[str],
+        discover: Callable[[int], object] | None = None,
     ) -> None:
-        """Packs some modules stage by stage. forward(batch) reaches them; discover is a cheaper forward pass that shows
-        which of them share an input."""
+        """Packs some modules stage by stage. forward(batch) reaches them; discover is a cheaper forward pass
+        that shows which of them share an input."""
         self.round_to_nearest([self.left[n] for n in names if self.left[n].spec.method == "rtn"], None)
         modules = {name: self.model.get_submodule(name) for name in names if name in self.left}
         if not modules:
@@ -200,17 +208,21 @@ class _Run:
     def round_to_nearest(self, modules: list[PlannedModule], reason: str | None) -> None:
         for planned in modules:
             begin, spec = time.monotonic(), planned.spec
-            weight = weight_matrix(self.model.get_submodule(planned.name))
+            weight, mended = _finite(weight_matrix(self.model.get_submodule(planned.name)))
             packed = PackedMatrix.from_float(
-                _finite(weight.float().contiguous()),
+                weight,
                 spec.format,
                 spec.group_size_for(planned.shape[1]),
                 symmetric=spec.symmetric,
                 scale_dtype=getattr(torch, spec.scale_dtype),
                 clip=spec.clip,
             )
-            error = _relative_weight_error(weight, packed)
-            figures = {"method": "rtn", "relative_error": error, "error_of": "weight", "fallback": reason}
+            figures = {
+                "method": "rtn",
+                "relative_error": _relative_weight_error(weight, packed),
+                "error_of": "weight",
+                "fallback": _joined(mended, reason),
+            }
             self._pack(planned, packed, figures, time.monotonic() - begin)
 
     @torch.inference_mode()
@@ -220,26 +232,35 @@ class _Run:
 
     @torch.inference_mode()
     def short_forward(self, batch: int) -> object:
-        """The same with logits of the last position only, where the model can: logits are not what is wanted."""
+        """The same with logits of the last position only, where the model can: logits are not what is
+        wanted."""
         return self._call(self.batches[batch], **self._options)
 
     def _solve(self, group: list[str], hessian: Hessian) -> None:
+        """Packs the modules that share a Hessian; those with the same options share its factor too."""
         matrix = hessian.matrix
+        factors: dict[tuple, Factor] = {}
         for name in group:
             begin, planned = time.monotonic(), self.left[name]
-            spec = planned.spec
-            weight = weight_matrix(self.model.get_submodule(name)).float().contiguous()
+            spec, group_size = planned.spec, planned.spec.group_size_for(planned.shape[1])
+            options = (spec.damp, spec.order, group_size)
+            if options not in factors:
+                factors[options] = prepare_factor(
+                    matrix, damp=spec.damp, order=spec.order, group_size=group_size
+                )
+            weight, mended = _finite(weight_matrix(self.model.get_submodule(name)))
             solution = solve(
                 weight,
                 matrix,
                 format=spec.format,
-                group_size=spec.group_size_for(planned.shape[1]),
+                group_size=group_size,
                 symmetric=spec.symmetric,
                 clip=spec.clip,
                 order=spec.order,
                 grids=spec.grids,
                 damp=spec.damp,
                 scale_dtype=getattr(torch, spec.scale_dtype),
+                factor=factors[options],
             )
             figures = {
                 "method": "gptq",
@@ -248,11 +269,13 @@ class _Run:
                 "damp": solution.damp,
                 "loss": solution.loss,
                 "tokens": hessian.tokens,
-                "fallback": solution.fallback,
+                "fallback": _joined(mended, solution.fallback),
             }
             self._pack(planned, solution.packed, figures, time.monotonic() - begin)
 
-    def _pack(self, planned: PlannedModule, packed: PackedMatrix, figures: dict[str, Any], seconds: float) -> None:
+    def _pack(
+        self, planned: PlannedModule, packed: PackedMatrix, figures: dict[str, Any], seconds: float
+    ) -> None:
         patch(self.model, dict.fromkeys(planned.names, packed), activations=planned.spec.activations)
         del self.left[planned.name]
         self.packed_bytes += packed.nbytes
@@ -281,8 +304,8 @@ class _Run:
         return [name for name in self.left if name.startswith(prefix)]
 
     def _stages(self, groups: list[list[str]]) -> list[list[list[str]]]:
-        """Groups in stages, in order of execution. The same layer of sibling experts is one stage, or a block of many
-        experts would be run once for each of them."""
+        """Groups in stages, in order of execution. The same layer of sibling experts is one stage, or a block
+        of many experts would be run once for each of them."""
         stages: dict[str, list[list[str]]] = {}
         for group in groups:
             stages.setdefault(self._without_list_indices(group[0]), []).append(group)
@@ -290,7 +313,10 @@ class _Run:
 
     def _without_list_indices(self, name: str) -> str:
         parts = name.split(".")
-        lists = [isinstance(self.model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(len(parts))]
+        lists = [
+            isinstance(self.model.get_submodule(".".join(parts[:i])), nn.ModuleList)
+            for i in range(len(parts))
+        ]
         return ".".join("*" if inside else part for part, inside in zip(parts, lists, strict=True))
 
     def _hessians(
@@ -321,8 +347,8 @@ class _Run:
 def _shared_inputs(
     forward: Callable[[int], object], batches: int, modules: dict[str, nn.Module]
 ) -> list[list[str]]:
-    """Modules grouped by the tensor that they read, groups in order of execution. Modules that are never reached are
-    in no group; batches are run until all have been (experts) or there are no more."""
+    """Modules grouped by the tensor that they read, groups in order of execution. Modules that are never
+    reached are in no group; batches are run until all have been (experts) or there are no more."""
     groups: list[list[str]] = []
     missing = set(modules)
     for batch in range(batches):
@@ -364,19 +390,30 @@ def _input(args: tuple, kwargs: dict) -> torch.Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _finite(weight: torch.Tensor) -> torch.Tensor:
-    """Weights that are not numbers have no code nearest to them; zero is what they are packed as."""
-    return weight if bool(weight.isfinite().all()) else weight.nan_to_num(0.0, 0.0, 0.0)
+def _finite(weight: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+    """A weight matrix [rows, cols] as the packers take it, and what had to be done to it: numbers that are
+    infinite or none have no code nearest to them."""
+    weight = weight.contiguous()
+    bad = weight.numel() - int(weight.isfinite().sum())
+    return (
+        (weight.nan_to_num(0.0, 0.0, 0.0), f"{bad} weights are not finite, taken as 0")
+        if bad
+        else (weight, None)
+    )
+
+
+def _joined(*reasons: str | None) -> str | None:
+    return "; ".join(r for r in reasons if r) or None
 
 
 def _relative_weight_error(weight: torch.Tensor, packed: PackedMatrix) -> float:
-    """|packed - weight| / |weight| (Frobenius), a part of the rows at a time."""
+    """|packed - weight| / |weight| (Frobenius), some rows at a time."""
     difference = norm = 0.0
     rows = max(1, (1 << 22) // packed.cols)
     for begin in range(0, packed.rows, rows):
         part = slice(begin, min(begin + rows, packed.rows))
-        exact = _finite(weight[part].double())
-        difference += float((packed.unpack(rows=part).double() - exact).square().sum())
+        exact = weight[part].double()
+        difference += float((packed.unpack(rows=part) - exact).square().sum())
         norm += float(exact.square().sum())
     return (difference / norm) ** 0.5 if norm else 0.0
 
@@ -386,7 +423,13 @@ def _new_report(model: nn.Module, recipe: Recipe, plan: Plan, windows: torch.Ten
     return Report(
         recipe=recipe.to_dict(),
         kept=[
-            {"name": m.name, "names": list(m.names), "kind": m.kind, "shape": list(m.shape), "reason": m.reason}
+            {
+                "name": m.name,
+                "names": list(m.names),
+                "kind": m.kind,
+                "shape": list(m.shape),
+                "reason": m.reason,
+            }
             for m in plan.kept
         ],
         unpatched=[
@@ -419,7 +462,8 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def _forward_call(model: nn.Module) -> tuple[Callable[..., object], dict[str, Any]]:
-    """(call of a model on token ids, without cache; options that spare it logits), from its forward's signature."""
+    """(call of a model on token ids, without cache; options that spare it logits), from its forward's
+    signature."""
     parameters = inspect.signature(model.forward).parameters
     fixed = {"use_cache": False} if "use_cache" in parameters else {}
     options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
@@ -435,7 +479,9 @@ def _calibration_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without caches; as before afterwards."""
     training = [(m, m.training) for m in model.modules()]
     config = getattr(model, "config", None)
-    configs = [c for c in {id(c): c for c in (config, _text_config(model))}.values() if hasattr(c, "use_cache")]
+    configs = [
+        c for c in {id(c): c for c in (config, _text_config(model))}.values() if hasattr(c, "use_cache")
+    ]
     caches = [(c, c.use_cache) for c in configs]
     model.eval()
     for c in configs:
