@@ -156,7 +156,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           const lowbit_gptq_options options = {lowbit_format(format), group_size,      symmetric, clip, static_grids,
                                                lowbit_dtype(scale_dtype), block_size};
           run([&] {
-            return lowbit_gptq_solve(&options, rows, cols, pointer<float>(weight), pointer<const float>(factor),
+            return lowbit_gptq_solve(&options, rows, cols, pointer<const float>(weight), pointer<const float>(factor),
                                      pointer<const int32_t>(group_index), pointer<uint8_t>(codes), pointer<float>(scales),
                                      pointer<uint8_t>(zeros), pointer<double>(loss));
           });

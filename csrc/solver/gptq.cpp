@@ -6,6 +6,7 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 #include "api/status.h"
@@ -97,10 +98,13 @@ lowbit_status check_weight(const Problem& problem, const float* weight) {
   std::atomic<int64_t> bad{-1};
   parallel_for(problem.rows, 16, problem.rows * problem.cols < 1 << 16, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      // 0 * x is 0 for a finite x and NaN otherwise, so a row costs one comparison.
-      float sum = 0;
-      for (int64_t k = 0; k < problem.cols; ++k) sum += 0.0f * weight[n * problem.cols + k];
-      if (!(sum == 0)) bad = n;
+      uint32_t special = 0;  // an exponent of all ones is an infinity or a NaN
+      for (int64_t k = 0; k < problem.cols; ++k) {
+        uint32_t bits;
+        memcpy(&bits, weight + n * problem.cols + k, sizeof bits);
+        special |= uint32_t((bits & 0x7f800000) == 0x7f800000);
+      }
+      if (special) bad = n;
     }
   });
   if (bad < 0) return LOWBIT_OK;
@@ -111,6 +115,7 @@ lowbit_status check_weight(const Problem& problem, const float* weight) {
 }
 
 lowbit_status check_diagonal(const Problem& problem, const float* factor) {
+  if (!factor) return LOWBIT_OK;
   for (int64_t k = 0; k < problem.cols; ++k) {
     const float u = factor[k * problem.cols + k];
     if (!(u > 0) || !std::isfinite(u))
@@ -242,12 +247,12 @@ lowbit_status solve_panels(const Problem& problem, SolveKernel kernel, const flo
 }  // namespace
 }  // namespace lowbit
 
-extern "C" lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, int64_t rows, int64_t cols, float* weight,
-                                           const float* factor, const int32_t* group_index, uint8_t* codes,
-                                           float* scales, uint8_t* zeros, double* loss) {
+extern "C" lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, int64_t rows, int64_t cols,
+                                           const float* weight, const float* factor, const int32_t* group_index,
+                                           uint8_t* codes, float* scales, uint8_t* zeros, double* loss) {
   using namespace lowbit;
-  if (!options || !weight || !factor || !codes || !scales)
-    return fail(LOWBIT_INVALID_ARGUMENT, "gptq: expected pointers to options, weight, factor, codes and scales, got NULL");
+  if (!options || !weight || !codes || !scales)
+    return fail(LOWBIT_INVALID_ARGUMENT, "gptq: expected pointers to options, weight, codes and scales, got NULL");
   Problem problem;
   if (lowbit_status status = normalise(*options, rows, cols, &problem)) return status;
   if (!problem.rule.symmetric && !zeros)
@@ -258,8 +263,11 @@ extern "C" lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, i
   if (lowbit_status status = check_diagonal(problem, factor)) return status;
   SolveKernel kernel;
   if (lowbit_status status = select<Verb::solve>(0, &kernel)) return status;
-  const Buffer<float> strips = allocate<float>(strip_offset(problem.strips));
-  if (!strips) return fail(LOWBIT_OUT_OF_MEMORY, "gptq: no memory for a factor of %" PRId64 " columns", cols);
-  pack_factor(problem, factor, strips.get());
+  Buffer<float> strips;
+  if (factor) {
+    strips = allocate<float>(strip_offset(problem.strips));
+    if (!strips) return fail(LOWBIT_OUT_OF_MEMORY, "gptq: no memory for a factor of %" PRId64 " columns", cols);
+    pack_factor(problem, factor, strips.get());
+  }
   return solve_panels(problem, kernel, strips.get(), group_index, {weight, codes, scales, zeros, loss});
 }

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def find_grid(x: Tensor, bits: int, symmetric: bool, clip: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def find_grid(
+    x: Tensor, bits: int, symmetric: bool, clip: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Scales and zeros [N] (float32) of the rows of x [N, group]."""
     low = x.amin(1).clamp(max=0)
     high = x.amax(1).clamp(min=0)
@@ -26,7 +28,11 @@ def find_grid(x: Tensor, bits: int, symmetric: bool, clip: bool, scale_dtype: to
         s, z = grid_of_range(p * low, p * high, bits, symmetric, scale_dtype)
         error = clipping_loss(x, s, z, bits)
         better = error < best
-        scale, zero, best = torch.where(better, s, scale), torch.where(better, z, zero), torch.minimum(error, best)
+        scale, zero, best = (
+            torch.where(better, s, scale),
+            torch.where(better, z, zero),
+            torch.minimum(error, best),
+        )
     return scale, zero
 
 

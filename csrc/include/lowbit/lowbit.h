@@ -138,14 +138,16 @@ typedef struct lowbit_gptq_options {
   int64_t block_size;       /* columns solved between two trailing updates; 0 means 128 */
 } lowbit_gptq_options;
 
-/* Quantizes weight [rows][cols] fp32 (columns already in solving order; overwritten with scratch) column by column,
- * pushing each column's error onto the columns after it. factor [cols][cols] fp32: U upper triangular, H^-1 = U^T U.
- * Writes codes [rows][cols], one a byte, scales [rows][G] fp32 (values exact in scale_dtype), zeros [rows][G] (may
- * be NULL when symmetric) and loss [rows] (sum of squared weighted errors; may be NULL). group_index int32 [cols]: the
- * group of each column (static grids with act-order), or NULL: column / group_size. */
-LOWBIT_API lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, int64_t rows, int64_t cols, float* weight,
-                                           const float* factor, const int32_t* group_index, uint8_t* codes,
-                                           float* scales, uint8_t* zeros, double* loss);
+/* Quantizes weight [rows][cols] fp32, columns already in solving order, column by column, pushing each column's error
+ * onto the columns after it. factor [cols][cols] fp32: U upper triangular, H^-1 = U^T U (what lies below the diagonal is
+ * not read); NULL: errors are not pushed on, which is rounding to nearest. A diagonal that is not positive is
+ * LOWBIT_NUMERIC. Writes codes [rows][cols], one a byte, scales [rows][G] fp32 (values exact in scale_dtype), zeros
+ * [rows][G] (may be NULL when symmetric) and loss [rows] (sum of squared weighted errors; may be NULL). group_index
+ * int32 [cols]: the group of each column (static grids with act-order), or NULL: column / group_size. The same bits
+ * for every ISA, thread count and block size. */
+LOWBIT_API lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, int64_t rows, int64_t cols,
+                                           const float* weight, const float* factor, const int32_t* group_index,
+                                           uint8_t* codes, float* scales, uint8_t* zeros, double* loss);
 
 /* ---- the machine ---- */
 
