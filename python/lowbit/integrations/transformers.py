@@ -103,11 +103,16 @@ def build_model(config: transformers.PreTrainedConfig, packed: native.PackedWeig
     """
     where = str(folder)
     model_class = _model_class(config, where)
+    dtype = _dtype(config, packed)
+    for name in packed.entries.keys() - packed.matrices.keys() - packed.shared.keys():
+        # A float weight that someone put in the place of a packed one, perhaps in a dtype of their own.
+        if f"{name}.weight" in packed.tensors:
+            packed.tensors[f"{name}.weight"] = packed.tensors[f"{name}.weight"].to(dtype)
     token = _given.set(packed)
     try:
         with _quietly():
             model, info = model_class.from_pretrained(
-                None, config=config, state_dict=packed.tensors, dtype=_dtype(config, packed), output_loading_info=True
+                None, config=config, state_dict=packed.tensors, dtype=dtype, output_loading_info=True
             )
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{where}: {error}") from error
