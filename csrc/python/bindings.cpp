@@ -190,28 +190,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("bits"), py::arg("version"), py::arg("rows"), py::arg("groups"), py::arg("zeros"), py::arg("qzeros"));
 
-  m.def("gptq_solve",
-        [](int bits, int64_t rows, int64_t cols, int64_t group_size, bool symmetric, bool clip, bool static_grids, int scale_dtype,
-           int64_t block_size, uintptr_t weight, uintptr_t factor, uintptr_t group_index, uintptr_t codes, uintptr_t scales,
-           uintptr_t zeros, uintptr_t loss) {
-          lowbit_gptq_options options{};
-          options.format = lowbit_format(bits);
-          options.group_size = group_size;
-          options.symmetric = symmetric;
-          options.clip = clip;
-          options.static_grids = static_grids;
-          options.scale_dtype = lowbit_dtype(scale_dtype);
-          options.block_size = block_size;
-          run([&] {
-            return lowbit_gptq_solve(&options, rows, cols, pointer<float>(weight), pointer<const float>(factor),
-                                     pointer<const int32_t>(group_index), pointer<uint8_t>(codes), pointer<float>(scales),
-                                     pointer<uint8_t>(zeros), pointer<double>(loss));
-          });
-        },
-        py::arg("bits"), py::arg("rows"), py::arg("cols"), py::arg("group_size"), py::arg("symmetric"), py::arg("clip"),
-        py::arg("static_grids"), py::arg("scale_dtype"), py::arg("block_size"), py::arg("weight"), py::arg("factor"),
-        py::arg("group_index"), py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("loss"));
-
   m.def("cpu_features", [] { return std::string(lowbit_cpu_features()); });
   m.def("isa", [] { return std::string(lowbit_isa()); });
   m.def("set_isa", [](const std::string& isa) { raise(lowbit_set_isa(isa.c_str())); }, py::arg("isa"));

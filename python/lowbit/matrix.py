@@ -59,8 +59,8 @@ class Layout:
 def matrix_view(codes, scales, zeros, perm, layout: Layout) -> _C.Matrix:
     """A `_C.Matrix` over the tensors' memory, after checking their types and shapes.
 
-    Cheap: no value is read (perm's range is checked by the verbs), so ops build one a call. The caller keeps the tensors
-    alive.
+    Cheap: no value is read (perm's range is checked by the verbs), so ops build one a call. The caller keeps the
+    tensors alive.
     """
     bits = format_bits(layout.format)
     if codes.dtype != torch.uint8:
@@ -220,8 +220,8 @@ class PackedMatrix:
     def to_gptq(self, version=2) -> dict[str, torch.Tensor]:
         """The tensors qweight, qzeros, scales and g_idx of a GPTQ checkpoint. Codes and scales are kept exactly.
 
-        Scales of one a row or one a tensor are expanded. Raises ValueError where the format cannot hold the matrix: rows
-        or cols that are not multiples of 32, a zero point of 0 in version 1.
+        Scales of one a row or one a tensor are expanded. Raises ValueError where the format cannot hold the matrix:
+        rows or cols that are not multiples of 32, a zero point of 0 in version 1.
         """
         for name, size in (("in_features", self.cols), ("out_features", self.rows)):
             if size % 32:

@@ -1,7 +1,7 @@
 """Modules over a PackedMatrix: drop-in `Linear` and `Embedding` whose weight is packed, or float, and can be swapped.
 
-Tensors are registered under the names they have in a file: `weight` (the uint8 codes, so that tying by the name `weight`
-keeps working), `weight_scale`, `weight_zero`, `weight_perm`. An embedding and a head made from one PackedMatrix share its
+Tensors are registered under the names they have in a file: `weight` (the uint8 codes, so that tying by that name keeps
+working), `weight_scale`, `weight_zero`, `weight_perm`. An embedding and a head made from one PackedMatrix share its
 tensors: one allocation.
 """
 
