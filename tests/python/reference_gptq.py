@@ -1,7 +1,7 @@
 """GPTQ in torch, column by column, as readable as it can be: what the compiled solver is compared with.
 
-The arithmetic follows Frantar et al. 2022 (arXiv 2210.17323) with lowbit's rules: a scale is rounded to its stored dtype
-before it is used, a weight becomes an integer code, dynamic grids come from the weights as updated so far.
+The arithmetic follows Frantar et al. 2022 (arXiv 2210.17323) with lowbit's rules: a scale is rounded to its stored
+dtype before it is used, a weight becomes an integer code, dynamic grids come from the weights as updated so far.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 
-def find_grid(
-    x: Tensor, bits: int, symmetric: bool, clip: bool, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def find_grid(x: Tensor, bits: int, symmetric: bool, clip: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scales and zeros [N] (float32) of the rows of x [N, group]."""
     low = x.amin(1).clamp(max=0)
     high = x.amax(1).clamp(min=0)

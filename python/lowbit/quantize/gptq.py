@@ -48,7 +48,8 @@ class Solution:
     """A solved layer.
 
     packed: the matrix, original column order unless it has a perm.
-    codes: uint8 [N, K], one a byte, in packed column order; scales [N, G] in the scale dtype; zeros uint8 [N, G] or None.
+    codes: uint8 [N, K], one a byte, in packed column order.
+    scales: [N, G] in the scale dtype. zeros: uint8 [N, G], or None when symmetric.
     perm: int32 [K] or None, as PackedMatrix has it; g_idx: int32 [K], the group of every original column.
     loss: sum of squared weighted errors, tr(ΔW H ΔWᵀ) for the damped H.
     relative_error: sqrt(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)) for the H given: the relative error of the layer's outputs. NaN when
@@ -69,9 +70,7 @@ class Solution:
     seconds: float
 
 
-def prepare_factor(
-    hessian: Tensor, *, damp: float = 0.01, order: str = "none", group_size: int = -1
-) -> Factor:
+def prepare_factor(hessian: Tensor, *, damp: float = 0.01, order: str = "none", group_size: int = -1) -> Factor:
     """Permutes, damps and factors a Hessian [K, K].
 
     damp: share of the mean diagonal added to the diagonal, at least 0. order: "none"; "act", columns by decreasing
@@ -132,11 +131,13 @@ def solve(
 ) -> Solution:
     """Quantizes weight [N, K] (any floating dtype) to `format` with hessian [K, K] (float32) by GPTQ.
 
-    group_size: a multiple of 16; -1 or anything above K: one group a row. symmetric, clip, scale_dtype: the grids, as in
-    PackedMatrix.from_float. grids: "updated", each group's grid from its weights with every correction so far, or
-    "static", from the original weights. order, damp: see prepare_factor; with order "act" updated grids need a
-    perm in the packed matrix, static ones do not. factor: prepare_factor's result for this very Hessian, order,
-    group_size and damp, to be shared by layers with the same input.
+    group_size: a multiple of 16; -1 or anything above K: one group a row.
+    symmetric, clip, scale_dtype: the grids, as in PackedMatrix.from_float.
+    grids: "updated", each group's grid from its weights with every correction so far, or "static", from the original
+        weights.
+    order, damp: see prepare_factor. Order "act" with updated grids needs a perm in the packed matrix.
+    factor: prepare_factor's result for this very Hessian, order, group_size and damp, to be shared by layers with
+        the same input.
 
     Weights of dead columns become zero. Raises ValueError for wrong shapes, dtypes, names and non-finite weights.
     """
@@ -294,9 +295,7 @@ def _column_order(diagonal: Tensor, order: str, group_size: int) -> tuple[Tensor
     if order == "act":
         return diagonal.argsort(descending=True, stable=True), None
     cols = len(diagonal)
-    whole = (
-        cols // group_size
-    )  # groups that may move; a short one stays last, or those after it would start elsewhere
+    whole = cols // group_size  # groups that may move; a short one stays last, or those after it would start elsewhere
     inside = [
         begin + diagonal[begin : begin + group_size].argsort(descending=True, stable=True)
         for begin in range(0, cols, group_size)
@@ -316,9 +315,7 @@ def _factor_with_fallbacks(h: Tensor, mean: float, damp: float) -> tuple[Tensor 
         if upper is None and h.dtype == torch.float32:
             upper = inverse_factor(h.double())
         if upper is not None:
-            raised = (
-                None if used == damp else f"damping raised to {used:g}: not positive definite with {damp:g}"
-            )
+            raised = None if used == damp else f"damping raised to {used:g}: not positive definite with {damp:g}"
             return upper.float(), used, raised
         if used >= _MAX_DAMP:
             break
@@ -376,9 +373,7 @@ def _check_weight(weight: Tensor) -> Tensor:
     weight = weight.detach().to("cpu", torch.float32)
     if not weight.isfinite().all():
         row, column = (~weight.isfinite()).nonzero()[0].tolist()
-        raise ValueError(
-            f"weight[{row}, {column}]: expected a finite number, got {weight[row, column].item()}"
-        )
+        raise ValueError(f"weight[{row}, {column}]: expected a finite number, got {weight[row, column].item()}")
     return weight
 
 
