@@ -168,7 +168,7 @@ def read_bandwidth(threads: int) -> float:
     """Bytes a second that `threads` threads read from DRAM right now (one pass over a huge-page arena)."""
     from lowbit import _C
 
-    return _C.read_bandwidth(PROBE_BYTES, threads)
+    return _C.read_bandwidth(PROBE_BYTES, threads) * 1e9
 
 
 # ---- other people's use of the CPUs ----
