@@ -9,3 +9,9 @@ dev: $(PY)  ## build the library and the extension in place, under python/lowbit
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(dir $(PY)))/ninja -DLOWBIT_TESTS=ON --log-level=NOTICE
 	$(PY) -m cmake --build build/dev -j $(JOBS)
 	$(PY) -m cmake --install build/dev --prefix python > /dev/null
+
+PEERS ?= $(PY)
+
+.PHONY: bench
+bench: dev  ## lowbit beside every peer installed in PEERS, an interpreter; results to bench/results and README.md
+	$(PY) bench/run.py --python $(PEERS) --write README.md

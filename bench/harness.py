@@ -91,7 +91,17 @@ def machine() -> dict:
     """What the figures depend on: CPU, caches, memory, the page settings and the kernel."""
     info = _read("/proc/cpuinfo")
     flags = set(_first(r"^flags\s*:\s*(.*)$", info).split())
-    wanted = ("avx2", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
+    wanted = (
+        "avx2",
+        "avx512f",
+        "avx512bw",
+        "avx512vbmi",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx_vnni",
+        "amx_int8",
+        "amx_bf16",
+    )
     caches = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         kind = _read(str(index / "type"))
@@ -202,7 +212,9 @@ class Worker:
         environment = dict(os.environ, OMP_NUM_THREADS=str(threads), GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
         self.timeout = timeout
         self.cpu_seconds = 0.0  # that the answers so far have taken
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def ask(self, question: str, **details):
         """Its answer. Raises WorkerError if it reports a failure, takes too long or is gone."""

@@ -86,7 +86,9 @@ class Run:
             details = {"name": name, "tokens": tokens, "case": case, "seconds": self.options.slice}
             slices[name] = (worker, partial(worker.ask, "matmul", **details))
             try:
-                errors[name] = worker.ask("error", name=name, tokens=tokens) if shape == "A" and case == "dram" else None
+                errors[name] = (
+                    worker.ask("error", name=name, tokens=tokens) if shape == "A" and case == "dram" else None
+                )
                 kernels[name] = worker.ask("kernel", verb="matmul")
             except harness.WorkerError:
                 errors[name] = kernels[name] = None  # the slice will fail for the same reason, and the row will say it

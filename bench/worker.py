@@ -59,7 +59,7 @@ class Library:
         return self._slice((name, tokens, case), calls, seconds, held.matrices_per_call if case == "dram" else 1)
 
     def gather(self, name: str, count: int, case: str, seconds: float) -> list[float]:
-        """A slice: seconds per matrix. case: "fresh" allocates each output, "reused" writes to one output again and again."""
+        """A slice: seconds per call. case: "fresh" allocates each output, "reused" writes to one again and again."""
         table = self.held[name]
 
         def make() -> list:

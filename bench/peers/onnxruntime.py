@@ -64,7 +64,9 @@ class _Weights:
                     file.write(array.data)
                     return tensor
 
-                initializers = [helper.make_tensor(n, TensorProto.INT64, [2], [v, v]) for n, v in (("from", 0), ("to", 1))]
+                initializers = [
+                    helper.make_tensor(n, TensorProto.INT64, [2], [v, v]) for n, v in (("from", 0), ("to", 1))
+                ]
                 nodes, outputs = [], []
                 settings = {"K": self.cols, "N": self.rows, "bits": self.bits, "block_size": GROUP}
                 for i in range(count):

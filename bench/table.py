@@ -1,0 +1,167 @@
+"""Markdown tables from result files: python bench/table.py RESULT.json ... [--write README.md]
+
+--write puts them between the lines `<!-- bench:begin -->` and `<!-- bench:end -->` of a file, and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import harness
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def grid(header: list[str], lines: list[list[str]]) -> str:
+    """A markdown table; the first column is text, the others numbers."""
+    if any(len(line) != len(header) for line in lines):
+        raise ValueError(f"grid: expected {len(header)} cells in every line")
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def origin(contents: dict) -> str:
+    machine, settings = contents["machine"], contents["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in contents["versions"].items())
+    probe = contents["probe_gbps"]
+    text = (
+        f"{machine['cpu']} (family {machine['family']}, model {machine['model']}), {settings['threads']} threads, "
+        f"read bandwidth {probe['start']} GB/s at the start and {probe['end']} at the end; {versions}; "
+        f"commit {contents['commit'][:12]}{' with changes' if contents['dirty'] else ''}, {contents['date'][:10]}."
+    )
+    if contents["not_installed"]:
+        text += " Not installed, so not measured: " + ", ".join(contents["not_installed"]) + "."
+    return text
+
+
+def _cell(row: dict | None, value: str, share: bool) -> str:
+    if row is None:
+        return ""
+    if value not in row:
+        return "failed"
+    busy = "" if row["quiet"] else "?"
+    return f"{row[value]:,.0f}{busy}" + (f" ({row['share']:.2f})" if share else "")
+
+
+def _subjects(rows: list[dict]) -> list[dict]:
+    """One row a subject: ours first, then peers with float activations, then those that quantize them; by bits."""
+    first: dict[str, dict] = {}
+    for row in rows:
+        first.setdefault(row["subject"], row)
+    return sorted(first.values(), key=lambda r: (not r["ours"], r["quantizes_activations"], r["bits"]))
+
+
+def matmul(contents: dict) -> str:
+    rows = contents["rows"]
+    found = {(r["subject"], r["shape"], r["tokens"], r["case"]): r for r in rows}
+    shapes = {r["shape"]: f"{r['cols']}×{r['rows']}" for r in rows}
+    parts = []
+    if any(r["tokens"] == 1 for r in rows):
+        header = [
+            "one token, µs (share of bandwidth)",
+            *shapes.values(),
+            *(["A, in cache", "error"] if "A" in shapes else []),
+        ]
+        lines = []
+        for subject in _subjects(rows):
+            name = subject["subject"]
+            line = [name] + [_cell(found.get((name, shape, 1, "dram")), "us", True) for shape in shapes]
+            if "A" in shapes:
+                cold = found.get((name, "A", 1, "dram"), {})
+                error = cold.get("error")
+                line += [_cell(found.get((name, "A", 1, "warm")), "us", False), "" if error is None else f"{error:.1e}"]
+            lines.append(line)
+        parts.append(grid(header, lines))
+    more = sorted({(r["shape"], r["tokens"]) for r in rows if r["tokens"] > 1})
+    if more:
+        header = ["more tokens, µs"] + [f"{shapes[shape]}, {tokens}" for shape, tokens in more]
+        lines = [
+            [s["subject"]] + [_cell(found.get((s["subject"], *column, "dram")), "us", False) for column in more]
+            for s in _subjects(rows)
+        ]
+        parts.append(grid(header, lines))
+    return "\n\n".join(parts)
+
+
+def gather(contents: dict) -> str:
+    rows = [r for r in contents["rows"] if r["ids"]]
+    found = {(r["subject"], r["ids"], r["case"]): r for r in rows}
+    columns = sorted({(r["ids"], r["case"]) for r in rows}, key=lambda c: (c[1], c[0]))
+    header = ["lookups, ns a row"] + [
+        f"{ids} ids, {'new' if case == 'fresh' else 'same'} output" for ids, case in columns
+    ]
+    subjects = sorted({(not r["ours"], r["bits"], r["subject"]) for r in rows})
+    lines = [
+        [name] + [_cell(found.get((name, *column)), "ns_per_row", False) for column in columns]
+        for _, _, name in subjects
+    ]
+    return grid(header, lines)
+
+
+def model(contents: dict) -> str:
+    rows, settings = contents["rows"], contents["settings"]
+    found = {(r["subject"], r["what"], r["tokens"]): r for r in rows}
+    columns = list(dict.fromkeys((r["what"], r["tokens"]) for r in rows))
+    header = [
+        f"{settings['layers']} layers, int{settings['bits']} g128, embedding and head int{settings['head_bits']}",
+        *[f"{what} {tokens}, tokens/s" for what, tokens in columns],
+        "resident MB",
+        "files MB",
+        "load s",
+    ]
+    lines = []
+    for subject in dict.fromkeys(r["subject"] for r in rows):
+        line = [subject]
+        for column in columns:
+            row = found.get((subject, *column), {})
+            line.append(f"{row['tokens_per_second']:.1f}{'' if row['quiet'] else '?'}" if "us" in row else "failed")
+        sizes = next((r for r in rows if r["subject"] == subject and "us" in r), None)
+        if sizes is None:
+            line += ["", "", ""]
+        else:
+            line += [
+                f"{sizes['resident_mb']:,.0f}",
+                f"{sizes['disk_bytes'] / 1e6:,.0f}",
+                f"{sizes['load_seconds']:.1f}",
+            ]
+        lines.append(line)
+    return grid(header, lines)
+
+
+TABLES = {"matmul": matmul, "gather": gather, "model": model}
+
+
+def markdown(documents: list[dict]) -> str:
+    """Every document's table, followed by where it comes from; `?` marks rows that others disturbed."""
+    parts = []
+    for contents in documents:
+        if contents["bench"] not in TABLES:
+            raise ValueError(f"bench: expected one of {', '.join(TABLES)}, got {contents['bench']}")
+        parts += [TABLES[contents["bench"]](contents), f"<sub>{origin(contents)}</sub>"]
+    return "\n\n".join(parts)
+
+
+def replace_between(text: str, new: str) -> str:
+    """`text` with `new` between the markers. Raises ValueError unless each marker stands there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one {BEGIN} and one {END} after it")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("results", nargs="+")
+    parser.add_argument("--write", metavar="FILE", help="put the tables between this file's markers")
+    options = parser.parse_args()
+    tables = markdown([harness.load(path) for path in options.results])
+    if options.write:
+        path = Path(options.write)
+        path.write_text(replace_between(path.read_text(), tables))
+    else:
+        print(tables)
+
+
+if __name__ == "__main__":
+    main()

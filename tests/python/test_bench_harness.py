@@ -1,0 +1,342 @@
+"""The benchmarks' own machinery: statistics, alternation, the worker protocol, result files and tables. No timings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import compare  # noqa: E402
+import harness  # noqa: E402
+import table  # noqa: E402
+
+ECHO = """
+import sys
+sys.path.insert(0, {bench!r})
+import harness
+def fail(): raise LookupError("no such thing")
+def noisy(): print("a library's banner"); return 1
+harness.serve({{"echo": lambda value: [value, value], "fail": fail, "noisy": noisy, "end": lambda: sys.exit(3)}})
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    script = tmp_path / "echo.py"
+    script.write_text(ECHO.format(bench=str(BENCH)))
+    with harness.Worker([sys.executable, str(script)], threads=1, timeout=60) as started:
+        yield started
+
+
+def slice_round(us: float, probe: float = 1e10, other: float = 0.0) -> dict:
+    return {"us": us, "calls": 3, "probe": probe, "other": other}
+
+
+# ---- statistics ----
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, 1.0), (0.5, 3.0), (0.9, 4.0), (1.0, 4.0)])
+def test_quantile_is_a_value_of_the_list(share, expected):
+    assert harness.quantile([4.0, 1.0, 3.0, 2.0], share) == expected
+
+
+def test_quantile_of_nothing():
+    with pytest.raises(ValueError, match="expected at least one value"):
+        harness.quantile([], 0.5)
+
+
+def test_share_pairs_each_slice_with_the_probe_beside_it():
+    # The machine halved its speed for two rounds: time and probe drift together, the share does not.
+    rounds = [slice_round(100, 1e10), slice_round(200, 0.5e10), slice_round(200, 0.5e10)]
+    figures = harness.summarise(rounds, bytes_read=900_000)
+    assert figures["share"] == pytest.approx(0.9)
+    assert figures["us"] == 200
+    assert figures["gbps"] == pytest.approx(4.5)
+    assert figures["probe_gbps"] == pytest.approx(5.0)
+    assert (figures["rounds"], figures["calls"], figures["quiet"]) == (3, 9, True)
+
+
+def test_busy_rounds_count_only_if_there_is_nothing_else():
+    noisy = slice_round(900, other=harness.BUSY_SHARE * 2)
+    mixed = harness.summarise([noisy, slice_round(100), noisy], 1000)
+    assert (mixed["us"], mixed["rounds_used"], mixed["rounds"], mixed["quiet"]) == (100, 1, 3, True)
+    busy = harness.summarise([noisy], 1000)
+    assert (busy["us"], busy["quiet"]) == (900, False)
+
+
+def test_summary_of_nothing():
+    with pytest.raises(ValueError, match="rounds"):
+        harness.summarise([], 1)
+
+
+def test_other_share_ignores_what_the_clock_cannot_resolve():
+    assert harness.other_share(busy=1.01, own=1.0, wall=0.05) == 0.0
+    assert harness.other_share(busy=1.5, own=1.0, wall=1.0) == pytest.approx(0.5)
+    assert harness.other_share(busy=1.0, own=1.2, wall=1.0) == 0.0
+
+
+def test_time_slice_rotates_and_goes_on_where_it_stopped():
+    seen = []
+    calls = [lambda i=i: seen.append(i) for i in range(3)]
+    taken, position = harness.time_slice(calls, position=0, seconds=0.0, warm_up=2)
+    assert (len(taken), position, seen) == (1, 3, [0, 1, 2])
+    harness.time_slice(calls, position, seconds=0.0, warm_up=0)
+    assert seen[-1] == 0
+
+
+# ---- workers ----
+
+
+def test_worker_answers_and_reports_failures(worker):
+    assert worker.ask("echo", value="π") == ["π", "π"]
+    with pytest.raises(harness.WorkerError, match="LookupError: no such thing"):
+        worker.ask("fail")
+    assert worker.ask("echo", value=2) == [2, 2]
+
+
+def test_what_a_library_prints_does_not_break_the_protocol(worker):
+    assert worker.ask("noisy") == 1
+    assert worker.ask("echo", value=3) == [3, 3]
+
+
+def test_worker_that_ends(worker):
+    with pytest.raises(harness.WorkerError, match="ended with status 3"):
+        worker.ask("end")
+
+
+def test_alternate_takes_turns_and_probes_between(worker):
+    order = []
+
+    def probe() -> float:
+        order.append("probe")
+        return 2e10
+
+    def run(name: str):
+        def take() -> list[float]:
+            order.append(name)
+            return [1e-3, 3e-3, 2e-3]
+
+        return take
+
+    results = harness.alternate({"a": (worker, run("a")), "b": (worker, run("b"))}, rounds=2, probe=probe, retries=0)
+    assert order == ["probe", *["a", "probe", "b", "probe"] * 2]
+    assert [len(results[name]) for name in "ab"] == [2, 2]
+    assert results["a"][0]["us"] == pytest.approx(2000)
+    assert results["a"][0]["probe"] == 2e10
+
+
+def test_alternate_goes_on_without_a_subject_that_fails(worker):
+    results = harness.alternate(
+        {"good": (worker, lambda: [1e-3]), "bad": (worker, lambda: worker.ask("fail"))}, 3, lambda: 1e10, retries=0
+    )
+    assert results["bad"] == [{"failure": "LookupError: no such thing"}]
+    assert len(results["good"]) == 3
+
+
+# ---- result files ----
+
+
+def matmul_row(subject: str, us: float, **changes) -> dict:
+    row = {
+        "subject": subject,
+        "ours": subject.startswith("lowbit"),
+        "bits": 4,
+        "quantizes_activations": False,
+        "shape": "A",
+        "cols": 4096,
+        "rows": 4096,
+        "tokens": 1,
+        "case": "dram",
+        "error": 4e-5,
+        "kernel": None,
+        **harness.summarise([slice_round(us)], 8_900_000),
+    }
+    return {**row, **changes}
+
+
+def document(bench: str, rows: list[dict], **settings) -> dict:
+    probe = {"start": 30.0, "end": 31.0}
+    return harness.document(bench, {"threads": 2, **settings}, {"lowbit": "0.1.0"}, {"vllm": "missing"}, rows, probe)
+
+
+def test_document_says_where_it_comes_from(tmp_path):
+    contents = document("matmul", [matmul_row("lowbit int4", 300)])
+    path = harness.save(contents, tmp_path / "deep" / "matmul.json")
+    assert harness.load(path) == json.loads(json.dumps(contents))
+    for field in ("schema", "bench", "date", "commit", "dirty", "machine", "settings", "versions", "not_installed"):
+        assert field in contents
+    assert contents["machine"]["cpus"] >= 1
+    assert set(contents["machine"]) >= {"cpu", "features", "caches", "memory_gb", "huge_pages", "kernel"}
+
+
+@pytest.mark.parametrize("text", ["[]", '{"schema": 99}', "{}"])
+def test_load_refuses_other_files(tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="schema: expected 1"):
+        harness.load(path)
+
+
+def test_machine_name_is_a_folder_name():
+    description = {"cpu": "Intel(R) Xeon(R) @ 2.10GHz", "family": "6", "model": "143", "cpus": 2}
+    assert harness.machine_name(description) == "intel-xeon-2-10ghz-family6-model143-2cpu"
+
+
+def test_committed_results_are_readable():
+    for path in sorted((BENCH / "results").glob("*/*.json")):
+        contents = harness.load(path)
+        assert table.markdown([contents])
+        assert path.parent.name == harness.machine_name(contents["machine"])
+
+
+# ---- comparing ----
+
+
+def test_compare_matches_rows_by_what_they_measure():
+    before = document("matmul", [matmul_row("lowbit int4", 300), matmul_row("old", 1)])
+    after = document("matmul", [matmul_row("lowbit int4", 150), matmul_row("lowbit int4", 40, case="warm")])
+    pairs, lonely = compare.compare(before, after)
+    assert [(pair[0][0], pair[3]) for pair in pairs] == [("lowbit int4", 2.0)]
+    assert sorted(line.split(":")[0] for line in lonely) == ["only after", "only before"]
+
+
+def test_compare_refuses_two_benchmarks():
+    with pytest.raises(ValueError, match="got matmul and gather"):
+        compare.compare(document("matmul", []), document("gather", []))
+
+
+# ---- tables ----
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_matmul_table():
+    rows = [
+        matmul_row("peer", 600, error=None, quantizes_activations=True),
+        matmul_row("lowbit int4", 1445.2),
+        matmul_row("lowbit int4", 150, case="warm"),
+        matmul_row("lowbit int4", 900, tokens=16),
+        matmul_row("busy", 700, quiet=False),
+        {k: matmul_row("broken", 1)[k] for k in ("subject", "ours", "bits", "quantizes_activations", "shape")}
+        | {"cols": 4096, "rows": 4096, "tokens": 1, "case": "dram", "failure": "no such instruction"},
+    ]
+    one, more = table.matmul(document("matmul", rows)).split("\n\n")
+    lines = [cells(line) for line in one.splitlines()]
+    assert lines[0] == ["one token, µs (share of bandwidth)", "4096×4096", "A, in cache", "error"]
+    assert lines[2] == ["lowbit int4", "1,445 (0.62)", "150", "4.0e-05"]
+    assert [line[0] for line in lines[2:]] == ["lowbit int4", "busy", "broken", "peer"]
+    assert lines[3][1] == "700? (1.27)"
+    assert lines[4][1] == "failed"
+    assert lines[5][1:] == ["600 (1.48)", "", ""]
+    assert cells(more.splitlines()[2]) == ["lowbit int4", "900"]
+
+
+def test_gather_table():
+    row = {
+        "subject": "lowbit int4 -> bf16",
+        "ours": True,
+        "bits": 4,
+        "output": "bf16",
+        "ids": 64,
+        "case": "reused",
+        "ns_per_row": 512.4,
+        **harness.summarise([slice_round(33)], 1000),
+    }
+    failed = {"subject": "peer", "ids": 0, "case": "table", "failure": "no memory"}
+    lines = table.gather(document("gather", [row, failed], table=[10, 4])).splitlines()
+    assert cells(lines[0]) == ["lookups, ns a row", "64 ids, same output"]
+    assert [cells(line) for line in lines[2:]] == [["lowbit int4 -> bf16", "512"]]
+
+
+def test_model_table():
+    row = {
+        "subject": "torch bf16",
+        "ours": False,
+        "what": "decode",
+        "tokens": 32,
+        "tokens_per_second": 12.34,
+        "resident_mb": 2600.0,
+        "disk_bytes": 2_471_000_000,
+        "load_seconds": 1.26,
+        **harness.summarise([slice_round(81_000)], 1000),
+    }
+    failed = {"subject": "lowbit", "ours": True, "what": "decode", "tokens": 32, "failure": "gone"}
+    contents = document("model", [row, failed], layers=16, bits=4, head_bits=8)
+    lines = table.model(contents).splitlines()
+    assert cells(lines[0])[1:] == ["decode 32, tokens/s", "resident MB", "files MB", "load s"]
+    assert cells(lines[2]) == ["torch bf16", "12.3", "2,600", "2,471", "1.3"]
+    assert cells(lines[3]) == ["lowbit", "failed", "", "", ""]
+
+
+def test_markdown_tells_the_origin_and_what_was_not_measured():
+    text = table.markdown([document("matmul", [matmul_row("lowbit int4", 300)])])
+    assert "30.0 GB/s at the start" in text
+    assert "Not installed, so not measured: vllm." in text
+    with pytest.raises(ValueError, match="bench"):
+        table.markdown([document("solver", [])])
+
+
+def test_replace_between_touches_nothing_else():
+    text = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    once = table.replace_between(text, "new")
+    assert once == f"before\n{table.BEGIN}\nnew\n{table.END}\nafter\n"
+    assert table.replace_between(once, "new") == once
+
+
+@pytest.mark.parametrize("text", ["", table.BEGIN, f"{table.END} {table.BEGIN}", f"{table.BEGIN * 2} {table.END}"])
+def test_replace_between_needs_the_markers(text):
+    with pytest.raises(ValueError, match="expected one"):
+        table.replace_between(text, "new")
+
+
+def test_grid_refuses_ragged_lines():
+    with pytest.raises(ValueError, match="expected 2 cells"):
+        table.grid(["a", "b"], [["1"]])
+
+
+# ---- the subjects ----
+
+
+@pytest.mark.parametrize("module, name, largest_error", [
+    ("ours", "lowbit int4 g128, float", 3e-4),
+    ("ours", "lowbit int3 g128, int8", 1.5e-2),
+    ("torch", "torch bf16", 5e-3),
+])  # fmt: skip
+def test_a_matmul_subject_answers_every_question(module, name, largest_error):
+    with harness.Worker([sys.executable, str(BENCH / "worker.py"), module], threads=1, timeout=120) as library:
+        described = library.ask("describe")
+        assert name in [subject["name"] for subject in described["matmul"]]
+        assert described["versions"]["torch"]
+        made = library.ask("weights", name=name, cols=256, rows=96, megabytes=1)
+        assert made["bytes"] > 256 * 96 * 2 / 8
+        assert 0 < library.ask("error", name=name, tokens=3) < largest_error
+        for case in ("dram", "warm"):
+            taken = library.ask("matmul", name=name, tokens=3, case=case, seconds=0.001)
+            assert taken and min(taken) > 0
+        library.ask("release")
+        with pytest.raises(harness.WorkerError, match="KeyError"):
+            library.ask("error", name=name, tokens=3)
+
+
+def test_a_gather_subject_answers_every_question():
+    name = "lowbit int4 -> bf16"
+    with harness.Worker([sys.executable, str(BENCH / "worker.py"), "ours"], threads=1, timeout=120) as library:
+        assert name in [subject["name"] for subject in library.ask("describe")["gather"]]
+        made = library.ask("table", name=name, cols=256, rows=512)
+        assert made == {"row_bytes": 128 + 2 * 2, "reuses_output": True}
+        for case in ("fresh", "reused"):
+            assert min(library.ask("gather", name=name, count=5, case=case, seconds=0.001)) > 0
+
+
+def test_a_library_that_is_not_installed_is_reported():
+    command = [sys.executable, str(BENCH / "worker.py"), "no_such_library"]
+    missing = pytest.raises(harness.WorkerError, match="no_such_library")
+    with harness.Worker(command, threads=1) as library, missing:
+        library.ask("describe")
