@@ -1,0 +1,49 @@
+"""`lowbit doctor`: what this machine and this build can do."""
+
+from __future__ import annotations
+
+import typer
+
+from lowbit.cli.terminal import DebugOption, JsonOption, Terminal
+
+
+def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show version, CPU features, the kernels that will run, threads, OpenMP runtimes and GPU.
+
+    Exit code 1 when the native library does not load.
+    """
+    from lowbit.doctor import examine
+
+    facts = examine()
+    terminal = Terminal(json)
+    if json:
+        terminal.emit(facts)
+    else:
+        _show(terminal, facts)
+    if "error" in facts["native"]:
+        raise typer.Exit(1)
+
+
+def _show(terminal: Terminal, facts: dict) -> None:
+    native, packages = facts["native"], facts["packages"]
+    terminal.line("lowbit", f"{facts['version']} · Python {facts['python']} · {facts['platform']}")
+    terminal.line("packages", " · ".join(f"{name} {version or 'not installed'}" for name, version in packages.items()))
+    terminal.line("cpu", f"{facts['cpu']['model']} · {facts['cpu']['available']} CPUs for this process")
+    if "error" not in native:
+        terminal.line("features", native["cpu_features"] or "none that lowbit uses")
+        terminal.line("build", f"{native['compiler']} · {native['library']}")
+        forced = "by LOWBIT_ISA" if native["forced_isa"] else "best available"
+        terminal.line("isa", f"{native['isa']} ({forced})")
+        terminal.line("threads", f"{native['threads']} ({native['executor']})")
+    terminal.line("openmp", ", ".join(facts["openmp"]) or "no runtime loaded")
+    terminal.line("pages", f"transparent huge pages: {facts['huge_pages']}")
+    terminal.line("gpu", facts["gpu"]["state"])
+    if "error" not in native:
+        terminal.print()
+        terminal.table(
+            ("verb", "format", "kernel"),
+            [(verb, name, kernel) for verb, chosen in native["kernels"].items() for name, kernel in chosen.items()],
+        )
+    for warning in facts["warnings"]:
+        terminal.print()
+        terminal.warn(warning)
