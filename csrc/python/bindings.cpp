@@ -80,6 +80,11 @@ lowbit_matrix matrix(int format, int64_t rows, int64_t cols, int64_t group_size,
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Low-bit weight matrices: the C API of lowbit.h over raw addresses. Use lowbit.PackedMatrix.";
   m.attr("__version__") = lowbit_version();
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#else
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
   m.attr("F32") = int(LOWBIT_F32);
   m.attr("F16") = int(LOWBIT_F16);
   m.attr("BF16") = int(LOWBIT_BF16);

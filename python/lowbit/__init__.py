@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib
 
-import torch  # noqa: F401  first, so that the process has torch's OpenMP runtime and no second one
-
-from lowbit import _C, ops
-from lowbit.matrix import PackedMatrix
-
-__version__ = _C.__version__
-
-# Loaded when first used: `import lowbit` for the kernels alone must not pay for transformers.
+# Name -> module it is an attribute of (None: it is the module). Everything is loaded when first used: the command line
+# answers --help and --cmakedir without torch, and kernels alone do not pay for transformers. The modules that use
+# lowbit._C import torch before it, so that the process has torch's OpenMP runtime and no second one.
 _LAZY = {
+    "PackedMatrix": "lowbit.matrix",
     "Recipe": "lowbit.quantize.recipe",
     "quantize": "lowbit.quantize",
     "load": "lowbit.checkpoint",
     "save": "lowbit.checkpoint",
+    "ops": None,
     "nn": None,
     "models": None,
     "checkpoint": None,
@@ -24,6 +21,12 @@ _LAZY = {
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        import torch  # noqa: F401  before _C, see above
+
+        from lowbit import _C
+
+        return _C.__version__
     if name not in _LAZY:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name] or f"lowbit.{name}")

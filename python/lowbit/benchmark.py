@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from lowbit import _C
-from lowbit.matrix import FORMATS, PackedMatrix
+from lowbit.matrix import FORMATS, PackedMatrix, empty_codes, normalise_group_size
 
 BUSY_SPREAD = 0.20
 ATTEMPTS = 3
@@ -33,7 +33,7 @@ _MAX_CALLS = 20_000
 class Plan:
     """What to measure. shape: (rows, cols) of the matrix; times in seconds, sizes in bytes."""
 
-    formats: Sequence[str] = FORMATS
+    formats: Sequence[str] = tuple(FORMATS)
     verbs: Sequence[str] = ("matmul", "gather")
     shape: tuple[int, int] = (4096, 4096)
     tokens: Sequence[int] = (1, 16, 128)
@@ -93,18 +93,15 @@ def _copies(name: str, plan: Plan) -> list[PackedMatrix]:
     """Enough copies of one random matrix to exceed rotate_bytes, in memory of lowbit's own (huge pages)."""
     rows, cols = plan.shape
     generator = torch.Generator().manual_seed(0)
-    bits = int(name.removeprefix("int"))
-    codes = torch.randint(0, 1 << bits, (rows, cols), dtype=torch.uint8, generator=generator)
-    groups = -(-cols // (cols if plan.group_size == -1 else min(plan.group_size, cols)))
+    codes = torch.randint(0, 1 << FORMATS[name], (rows, cols), dtype=torch.uint8, generator=generator)
+    groups = -(-cols // normalise_group_size(plan.group_size, cols))
     scales = (torch.rand(rows, groups, generator=generator) / 100 + 0.001).half()
     first = PackedMatrix.from_codes(codes, scales, format=name, group_size=plan.group_size)
     copies = [first]
     while sum(matrix.nbytes for matrix in copies) < plan.rotate_bytes:
-        memory = torch.frombuffer(_C.Buffer(first.codes.nbytes), dtype=torch.uint8).view(first.codes.shape)
+        memory = empty_codes(rows, first.codes.shape[1]).copy_(first.codes)
         copies.append(
-            PackedMatrix(
-                memory.copy_(first.codes), scales.clone(), format=name, cols=cols, group_size=plan.group_size, validate=False
-            )
+            PackedMatrix(memory, scales.clone(), format=name, cols=cols, group_size=plan.group_size, validate=False)
         )
     return copies
 

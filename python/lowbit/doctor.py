@@ -6,7 +6,6 @@ Reads and asks only; nothing is changed, and a part that is missing is reported 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -16,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-VERBS = ("activations", "matmul", "gather")
 _OPENMP_LIBRARY = re.compile(r"/(lib(?:gomp|iomp5|omp)\b[^/]*\.so[^/]*)$")
 _ISA_NAMES = {
     "avx2": "AVX2",
@@ -29,12 +27,12 @@ _ISA_NAMES = {
 
 
 def examine() -> dict[str, Any]:
-    """Version, build, CPU, kernels, threads, OpenMP runtimes, huge pages, GPU, Python packages and warnings.
+    """The native library (version, build, kernels, threads), CPU, OpenMP runtimes, huge pages, GPU, Python packages
+    and warnings.
 
-    `native` holds "error" alone when the compiled part cannot be loaded; `warnings` is a list of sentences.
+    `native` holds "error" alone when the compiled part cannot be used; `warnings` is a list of sentences.
     """
     facts: dict[str, Any] = {
-        "version": importlib.import_module("lowbit").__version__,
         "packages": package_versions(("torch", "transformers", "tokenizers", "safetensors", "numpy")),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -52,7 +50,7 @@ def summary(facts: dict[str, Any]) -> str:
     """One line: "AVX-512 VBMI VNNI · 2 threads · no GPU"."""
     native = facts["native"]
     if "error" in native:
-        return f"native library missing: {native['error']}"
+        return f"the native library cannot be used: {native['error']}"
     features = native["cpu_features"].split()
     names = [name for feature, name in _ISA_NAMES.items() if feature in features]
     if "AVX-512" in names:
@@ -70,13 +68,14 @@ def summary(facts: dict[str, Any]) -> str:
 
 def _native() -> dict[str, Any]:
     try:
-        importlib.import_module("torch")  # first, as `import lowbit` does: its OpenMP runtime is the one to share
-        from lowbit import _C
+        import torch  # noqa: F401  before _C: its OpenMP runtime is the one to share
 
-        formats = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
-        selected = {"activations": {"any": _C.selected_kernel("activations", formats["int4"])}}
-        for verb in VERBS[1:]:
-            selected[verb] = {name: _C.selected_kernel(verb, bits) for name, bits in formats.items()}
+        from lowbit import _C
+        from lowbit.matrix import FORMATS
+
+        if _C.isa() == "invalid":
+            _C.set_isa(os.environ["LOWBIT_ISA"])  # raises what every verb would
+        verbs = {"activations": {"any": 0}, "matmul": FORMATS, "gather": FORMATS, "store": {"any": 0}, "solve": {"any": 0}}
         return {
             "library": _C.__file__,
             "version": _C.__version__,
@@ -84,7 +83,10 @@ def _native() -> dict[str, Any]:
             "cpu_features": _C.cpu_features(),
             "isa": _C.isa(),
             "forced_isa": os.environ.get("LOWBIT_ISA"),
-            "kernels": selected,
+            "kernels": {
+                verb: {name: _C.selected_kernel(verb, bits) for name, bits in formats.items()}
+                for verb, formats in verbs.items()
+            },
             "table": [{"name": name, "runnable": runnable} for name, runnable in _C.kernels()],
             "threads": _C.threads(),
             "executor": _C.executor(),
@@ -181,9 +183,7 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
     warnings = []
     native = facts["native"]
     if "error" in native:
-        warnings.append(f"the native library does not load ({native['error']}): build it with `make dev` or reinstall")
-    elif native["version"] != facts["version"]:
-        warnings.append(f"the native library is version {native['version']}, the Python package {facts['version']}")
+        warnings.append(f"the native library cannot be used: {native['error']}")
     if len(facts["openmp"]) > 1:
         warnings.append(
             f"{len(facts['openmp'])} OpenMP runtimes in one process: their thread pools compete for the same cores "

@@ -23,10 +23,11 @@ def bench(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a row, one row a line, on stdout.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Time the kernels, from the caches and from memory, beside a probe of the machine's bandwidth.
+    """Time the kernels on this machine.
 
-    share is GB/s divided by what the probe reached right before and after. A row is marked busy when the probes
-    disagree by more than 20%, which means that something else used the machine, three times in a row.
+    From the caches (warm) and from memory (dram), beside a probe of the memory's bandwidth: share is GB/s divided by
+    what the probe reached right before and after. A row is marked busy when the probes disagree by more than 20%,
+    which means that something else used the machine, three times in a row.
     """
     terminal = Terminal(json)
 
@@ -44,7 +45,7 @@ def bench(
     set_threads(threads)
     quick_sizes = {"rotate_bytes": 64_000_000, "probe_bytes": 128 << 20, "seconds": 0.05}
     plan = benchmark.Plan(
-        formats=format or benchmark.FORMATS,
+        formats=format or tuple(benchmark.FORMATS),
         verbs=verb or ("matmul", "gather"),
         shape=_parse_shape(shape) if shape else (1024, 1024) if quick else (4096, 4096),
         tokens=tokens or ((1, 16) if quick else (1, 16, 128)),
@@ -68,7 +69,7 @@ def bench(
         numbers,
     )
     busy = 0
-    with terminal.progress("rows", quiet=True) as progress:
+    with terminal.progress("rows", lines=False) as progress:
         for done, row in enumerate(benchmark.measure(plan), 1):
             if json:
                 terminal.emit(row, indent=None)

@@ -8,9 +8,10 @@ from lowbit.cli.terminal import DebugOption, JsonOption, Terminal
 
 
 def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show version, CPU features, the kernels that will run, threads, OpenMP runtimes and GPU.
+    """Show what this machine and build can do.
 
-    Exit code 1 when the native library does not load.
+    Version, compiler, CPU features, the kernels that will run, threads, OpenMP runtimes, huge pages, GPU. Exit code 1
+    when the native library cannot be used.
     """
     from lowbit.doctor import examine
 
@@ -26,7 +27,7 @@ def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
 
 def _show(terminal: Terminal, facts: dict) -> None:
     native, packages = facts["native"], facts["packages"]
-    terminal.line("lowbit", f"{facts['version']} · Python {facts['python']} · {facts['platform']}")
+    terminal.line("lowbit", f"{native.get('version', 'unknown version')} · Python {facts['python']} · {facts['platform']}")
     terminal.line("packages", " · ".join(f"{name} {version or 'not installed'}" for name, version in packages.items()))
     terminal.line("cpu", f"{facts['cpu']['model']} · {facts['cpu']['available']} CPUs for this process")
     if "error" not in native:

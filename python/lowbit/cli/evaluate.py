@@ -20,10 +20,11 @@ def evaluate(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure perplexity, and with --against the KL divergence and top-1 agreement of the two models.
+    """Measure perplexity, and distance from a reference.
 
-    The text is cut into windows that do not overlap; the first token of each is not scored. KL divergence is the mean
-    over all positions of KL(reference || model), in nats.
+    The text is cut into windows that do not overlap; the first token of each is not scored. With
+    --against: KL divergence is the mean over all positions of KL(reference || model), in nats; top-1 agreement the
+    share of positions where both find the same token likeliest.
     """
     terminal = Terminal(json)
 

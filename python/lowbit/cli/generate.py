@@ -22,7 +22,10 @@ def generate(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Continue a prompt and print the text as it comes. Text goes to stdout, figures to stderr."""
+    """Continue a prompt.
+
+    Text goes to stdout as it comes, figures to stderr.
+    """
     import torch
 
     from lowbit.cli import torch_options

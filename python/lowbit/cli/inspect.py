@@ -23,9 +23,9 @@ def inspect(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show the modules of a model: format, shape, group, bits per weight, bytes, range of the scales.
+    """Show a model's modules, from its files.
 
-    Reads lowbit and GPTQ checkpoints and plain ones; no model is built and no weight is unpacked.
+    Format, shape, group size, bits per weight, bytes, range of the scales. Reads lowbit and GPTQ checkpoints and plain ones; no model is built and no weight is unpacked.
     """
     terminal = Terminal(json)
 
@@ -137,7 +137,9 @@ def _gptq_module(name: str, settings: dict[str, Any], weights: Weights) -> dict[
     if bits not in (2, 3, 4, 8) or len(words) != 2 or len(scales) != 2 or not scales[0]:
         raise ValueError(f"{where}: expected 2-D qweight and scales of 2, 3, 4 or 8 bits, got {list(words)}, {list(scales)}, {bits}")
     cols = words[0] * 32 // bits
-    group_size = -(-cols // scales[0])
+    group_size = settings.get("group_size")
+    if type(group_size) is not int or group_size < 1 or -(-cols // group_size) != scales[0]:
+        group_size = -(-cols // scales[0])
     parts = [f"{name}.{part}" for part in _GPTQ_PARTS]
     index = weights[f"{name}.g_idx"] if f"{name}.g_idx" in weights else None
     return _module(

@@ -4,8 +4,6 @@ Exit codes: 0 success, 1 failure, 2 bad input (arguments, files, values), 130 in
 output went away. Errors are one line on stderr; --debug shows the traceback.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback
@@ -63,9 +61,13 @@ def _print_folder(folder: str) -> int:
 
 
 def _print_version() -> int:
-    import lowbit
-
-    print(f"lowbit {lowbit.__version__}")
+    try:
+        # Not lowbit.__version__: that imports torch first, which only matters to a process that goes on.
+        from lowbit import _C
+    except ImportError as error:
+        print(f"error: the native library does not load: {error}", file=sys.stderr)
+        return FAILURE
+    print(f"lowbit {_C.__version__}")
     return 0
 
 

@@ -22,7 +22,8 @@ DtypeOption = Annotated[
     typer.Option(help="Type of activations and of unquantized weights: auto (as stored), float32, bfloat16, float16."),
 ]
 
-_LABEL_WIDTH = 8
+PLAIN_SECONDS = 5.0
+_LABEL_WIDTH = 10
 
 
 class Terminal:
@@ -40,7 +41,7 @@ class Terminal:
         self.console.print(text, style=style, soft_wrap=True)
 
     def line(self, label: str, text: str, style: str = "bold cyan") -> None:
-        """`  label   text`."""
+        """`  label     text`."""
         from rich.text import Text
 
         self.console.print(Text.assemble("  ", (f"{label:<{_LABEL_WIDTH}}", style), text), soft_wrap=True)
@@ -68,9 +69,10 @@ class Terminal:
         return StreamTable(self, titles, [max(w, len(t)) for w, t in zip(widths, titles, strict=True)], numbers)
 
     @contextmanager
-    def progress(self, noun: str) -> Iterator[Progress]:
-        """`with terminal.progress("blocks") as p: p.update(done, total)`: a bar, or a line at every update in a pipe."""
-        progress = Progress(self, noun)
+    def progress(self, noun: str, lines: bool = True) -> Iterator[Progress]:
+        """`with terminal.progress("blocks") as p: p.update(done, total)`: a bar on a terminal; elsewhere, with
+        `lines`, a line every PLAIN_SECONDS and at the end."""
+        progress = Progress(self, noun, lines)
         try:
             yield progress
         finally:
@@ -94,8 +96,9 @@ class StreamTable:
 class Progress:
     """A bar under the lines that are printed meanwhile; closing removes it."""
 
-    def __init__(self, terminal: Terminal, noun: str) -> None:
-        self._terminal, self._noun, self._start = terminal, noun, time.monotonic()
+    def __init__(self, terminal: Terminal, noun: str, lines: bool) -> None:
+        self._terminal, self._noun, self._lines = terminal, noun, lines
+        self._start = self._last_line = time.monotonic()
         self._bar = None
         if terminal.live:
             from rich import progress
@@ -117,8 +120,9 @@ class Progress:
             figures += f" · {human_time(elapsed / done * (total - done))} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, figures=figures)
-        else:
+        elif self._lines and (done >= total or time.monotonic() - self._last_line >= PLAIN_SECONDS):
             self._terminal.print(f"  {figures}")
+            self._last_line = time.monotonic()
 
     def close(self) -> None:
         if self._bar is not None:

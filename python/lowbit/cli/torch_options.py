@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from lowbit.checkpoint.strict_json import parse_json
-
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,28 +44,46 @@ def model_folder(name: str) -> Path:
     raise FileNotFoundError(f"{name}: no such model folder")
 
 
-def is_quantized(folder: Path) -> bool:
-    """Whether the model's configuration says that it holds packed modules."""
-    return "quantization_config" in parse_json(folder / "config.json")
-
-
 def load_model(folder: Path, dtype: str = "auto") -> torch.nn.Module:
     """The causal language model in a folder, packed or plain, ready to run. dtype "auto": as stored."""
-    wanted = "auto" if dtype == "auto" else parse_dtype(dtype)
-    transformers = quiet_transformers()
-    if is_quantized(folder):
-        import lowbit
+    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    _quiet_transformers()
+    import lowbit
 
-        return lowbit.load(folder, dtype=None if dtype == "auto" else wanted).eval()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
+    model = lowbit.load(folder)
+    if wanted is not None:
+        _cast(model, wanted)
+    return model
+
+
+def load_float_model(folder: Path, dtype: str = "auto") -> torch.nn.Module:
+    """The same for a model to be quantized. ValueError: it is quantized already."""
+    from lowbit.checkpoint import quantization_config
+
+    described, where = quantization_config(folder)
+    if described is not None:
+        raise ValueError(f"{where}: expected a model that is not quantized, got {described.get('quant_method')!r}")
+    return load_model(folder, dtype)
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model's folder."""
-    return quiet_transformers().AutoTokenizer.from_pretrained(folder)
+    return _quiet_transformers().AutoTokenizer.from_pretrained(folder)
 
 
-def quiet_transformers() -> Any:
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Everything that computes in floats, but not the scales of packed matrices: they are part of the weights."""
+    from lowbit.nn import Embedding
+
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        if isinstance(module, Embedding):
+            module.dtype = dtype
+
+
+def _quiet_transformers() -> Any:
     """The transformers package, without its progress bars and advice: a command prints its own lines.
 
     NotImplementedError: transformers is not installed.

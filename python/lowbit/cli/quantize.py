@@ -1,0 +1,252 @@
+"""`lowbit quantize`: a model folder in, a smaller one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, ThreadsOption
+
+if TYPE_CHECKING:
+    from lowbit.cli.terminal import Progress
+    from lowbit.quantize import Plan, Report
+
+FORMATS = ("lowbit", "gptq", "gptq_v2")
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder of the model, or its name on the Hugging Face hub.", metavar="MODEL")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8; 16 leaves the linear layers as they are.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale, a multiple of 16; -1: a whole row.")] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with stored zero points.")] = True,
+    head_bits: Annotated[int, typer.Option(help="Bits of the output head; 16 leaves it.")] = 16,
+    embed_bits: Annotated[int, typer.Option(help="Bits of the token embedding; 16 leaves it.")] = 16,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATTERN=CHANGE, for modules whose name matches: 'embed_tokens=8', 'down_proj=8:g64', 'lm_head=skip'. "
+            "Repeatable; the first match decides."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration.")] = "gptq",
+    order: Annotated[str, typer.Option(help="Column order of the solver: none, act or gar.")] = "gar",
+    damp: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.01,
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Search the clipping of every group.")] = False,
+    scale_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    activations: Annotated[str, typer.Option(help="Of the quantized layers at run time: float or int8.")] = "float",
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="Text file or folder of texts; repeatable. Default: source text of Python's library."),
+    ] = None,
+    context: Annotated[int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")] = 0,
+    samples: Annotated[int, typer.Option(min=0, help="Calibrate on so many windows; 0: the whole text.")] = 0,
+    format: Annotated[str, typer.Option(help="lowbit; or gptq or gptq_v2, for other tools.")] = "lowbit",
+    text: Annotated[list[str] | None, typer.Option(help="Evaluate on this UTF-8 text file afterwards; repeatable.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html and report.json to OUT.")] = True,
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Quantize a model with GPTQ and write it, with a report."""
+    terminal = Terminal(json)
+    _check_output(output, model, force)
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+
+    import lowbit
+    from lowbit import doctor
+    from lowbit.cli import torch_options
+    from lowbit.evaluate import read_texts
+
+    folder = torch_options.model_folder(model)
+    recipe = lowbit.Recipe(
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        head_bits=head_bits,
+        embed_bits=embed_bits,
+        rules=rule or {},
+        method=method,
+        order=order,
+        damp=damp,
+        clip=clip,
+        scale_dtype=scale_dtype,
+        activations=activations,
+    )
+    data, source = _calibration(calibration) if recipe.needs_calibration else (None, "none (round to nearest)")
+    texts = read_texts(text) if text else []
+    torch_options.set_threads(threads)
+    terminal.line("doctor", doctor.summary(doctor.examine()))
+
+    loaded = torch_options.load_float_model(folder, dtype)
+    tokenizer = torch_options.load_tokenizer(folder) if recipe.needs_calibration or texts else None
+    with terminal.progress("blocks") as bar:
+        result = lowbit.quantize(
+            loaded,
+            data,
+            recipe,
+            tokenizer=tokenizer,
+            context=context or None,
+            max_windows=samples or None,
+            progress=_Shown(terminal, bar, format, source),
+        )
+    lowbit.save(loaded, output, format=format, tokenizer=tokenizer)
+    evaluation = None
+    if texts:
+        del loaded  # measured is what was written
+        evaluation = _evaluate(terminal, folder, output, tokenizer, texts, dtype)
+    written = _report(model, output, result, source, evaluation)
+    page = None
+    if report:
+        from lowbit.report import write_report
+
+        page, _ = write_report(written, output)
+    terminal.line("done", _summary(written, page), style="bold green")
+    if json:
+        terminal.emit({**written, "report": str(page) if page else None})
+
+
+def _check_output(output: Path, model: str, force: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"{output}: expected a folder, got a file")
+    if output.is_dir() and Path(model).is_dir() and output.samefile(model):
+        raise ValueError(f"{output}: expected another folder than the model's own")
+    if output.is_dir() and any(output.iterdir()) and not force:
+        raise FileExistsError(f"{output}: not empty (--force writes into it)")
+    output.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
+
+
+def _calibration(paths: list[str] | None) -> tuple[Any, str]:
+    """What to calibrate on, and what to call it."""
+    from lowbit import evaluate, sample_text
+
+    if paths and len(paths) == 1:
+        return Path(paths[0]), paths[0]
+    if paths:
+        return evaluate.read_texts(paths), ", ".join(paths)
+    texts = sample_text.calibration_text()
+    return texts, (
+        f"{sum(map(len, texts)):,} characters of {len(texts)} modules of Python's standard library "
+        "(give text of your own with --calibration)"
+    )
+
+
+def _evaluate(terminal: Terminal, folder: Path, output: Path, tokenizer: Any, texts: list[str], dtype: str) -> dict[str, Any]:
+    from lowbit.cli import evaluate, torch_options
+    from lowbit.evaluate import encode
+
+    reference = torch_options.load_model(folder, dtype)
+    quantized = torch_options.load_model(output, dtype)
+    return evaluate.measure(terminal, quantized, encode(tokenizer, texts), reference, context=0, max_windows=0)
+
+
+def _report(model: str, output: Path, result: Report, source: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    """The report as lowbit.report describes it."""
+    import lowbit
+
+    weights = sum(row["shape"][0] * row["shape"][1] for row in result.modules)
+    packed_bits = sum(row["shape"][0] * row["shape"][1] * row["bits_per_weight"] for row in result.modules)
+    return {
+        "model": model,
+        "output": str(output),
+        "version": lowbit.__version__,
+        "recipe": result.recipe,
+        "calibration": {"source": source, **(result.calibration or {})},
+        "modules": result.modules,
+        "kept": result.kept,
+        "unpatched": result.unpatched,
+        "totals": {
+            "modules": len(result.modules),
+            "bytes_before": result.parameter_bytes,
+            "bytes_after": result.packed_parameter_bytes,
+            "bits_per_weight": packed_bits / weights if weights else None,
+            "seconds": result.seconds,
+        },
+        "evaluation": evaluation,
+    }
+
+
+def _summary(report: dict[str, Any], page: Path | None) -> str:
+    from lowbit.report import human_bytes, human_figure
+
+    totals, evaluation = report["totals"], report["evaluation"]
+    parts = [f"{human_bytes(totals['bytes_before'])} → {human_bytes(totals['bytes_after'])} in {totals['seconds']:.1f} s"]
+    if evaluation:
+        parts += [
+            f"perplexity {human_figure(evaluation['reference_perplexity'])} → {human_figure(evaluation['perplexity'])}",
+            f"KL {human_figure(evaluation['kl_divergence'])}",
+            f"{evaluation['reference_tokens_per_second']:.0f} → {evaluation['tokens_per_second']:.0f} tokens/s",
+        ]
+    fallbacks = sum(1 for row in report["modules"] if row["fallback"])
+    if fallbacks:
+        parts.append(f"{fallbacks} with a fallback")
+    parts.append(f"report {page}" if page else report["output"])
+    return " · ".join(parts)
+
+
+class _Shown:
+    """Told by lowbit.quantize what happens (the methods of lowbit.quantize.Progress); prints it."""
+
+    def __init__(self, terminal: Terminal, bar: Progress, format: str, source: str) -> None:
+        self._terminal, self._bar, self._format, self._source = terminal, bar, format, source
+
+    def on_plan(self, plan: Plan) -> None:
+        from lowbit.report import human_bytes, split_names
+
+        if self._format != "lowbit":
+            for module in plan.quantized:
+                if module.is_table:
+                    raise ValueError(f"{module.name}: format {self._format} holds linear layers only: leave it at 16 bits")
+        self._terminal.line(
+            "plan",
+            f"{len(plan.quantized)} of {len(plan.modules)} matrices · {human_bytes(plan.parameter_bytes)} → "
+            f"{human_bytes(plan.packed_parameter_bytes)} · {plan.bits_per_weight:.2f} bits/weight",
+        )
+        self._terminal.line("text", self._source)
+        names = [module.name for module in plan.quantized]
+        self._split = dict(zip(names, split_names(names), strict=True))
+        widest = max((len(rest) for _, rest in self._split.values()), default=0)
+        shapes = max((len(_shape(module.shape)) for module in plan.quantized), default=0)
+        self._table = self._terminal.stream(
+            ("layer", "module", "shape", "bits", "rel.err", "damp", "time", ""),
+            (5, widest, shapes, 4, 7, 5, 6, 0),
+            numbers=("layer", "bits", "rel.err", "damp", "time"),
+        )
+
+    def on_block_start(self, index: int, total: int, name: str) -> None:
+        self._bar.update(index, total)
+
+    def on_module(self, row: dict[str, Any]) -> None:
+        from lowbit.report import human_figure
+
+        layer, rest = self._split[row["name"]]
+        note = row["fallback"] or ("rounded to nearest" if row["method"] == "rtn" else "")
+        self._table.row(
+            (
+                "" if layer is None else str(layer),
+                rest,
+                _shape(row["shape"]),
+                row["format"].removeprefix("int"),
+                "-" if row["relative_error"] is None else f"{row['relative_error']:.4f}",
+                human_figure(row["damp"]),
+                f"{row['seconds']:.2f}s",
+                note,
+            ),
+            style="yellow" if row["fallback"] else None,
+        )
+
+    def on_block_end(self, index: int, total: int, name: str) -> None:
+        self._bar.update(index + 1, total)
+
+    def on_done(self, report: Report) -> None:
+        for parameter in report.unpatched:
+            self._terminal.warn(f"{parameter['name']} {_shape(parameter['shape'])} is no matrix of a module: left as it is")
+
+
+def _shape(shape: tuple[int, ...] | list[int]) -> str:
+    return "×".join(map(str, shape))
