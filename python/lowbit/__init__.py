@@ -1,12 +1,16 @@
-"""lowbit: low-bit weights for language models. One noun, `PackedMatrix`; four verbs: pack, unpack, matmul, gather."""
+"""lowbit: low-bit weights for language models.
+
+One noun, `PackedMatrix`; four verbs: pack, unpack, matmul, gather.
+"""
 
 from __future__ import annotations
 
 import importlib
 
-# Name -> module it is an attribute of (None: it is the module). Everything is loaded when first used: the command line
-# answers --help and --cmakedir without torch, and kernels alone do not pay for transformers. The modules that use
-# lowbit._C import torch before it, so that the process has torch's OpenMP runtime and no second one.
+# Name -> module it is an attribute of (None: it is the module). Everything is loaded when first used: the
+# command line answers --help and --cmakedir without torch, and kernels alone do not pay for transformers. The
+# modules that use lowbit._C import torch before it, so that the process has torch's OpenMP runtime and no
+# second one.
 _LAZY = {
     "PackedMatrix": "lowbit.matrix",
     "Recipe": "lowbit.quantize.recipe",

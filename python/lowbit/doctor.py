@@ -27,8 +27,8 @@ _ISA_NAMES = {
 
 
 def examine() -> dict[str, Any]:
-    """The native library (version, build, kernels, threads), CPU, OpenMP runtimes, huge pages, GPU, Python packages
-    and warnings.
+    """The native library (version, build, kernels, threads), CPU, OpenMP runtimes, huge pages, GPU, Python
+    packages and warnings.
 
     `native` holds "error" alone when the compiled part cannot be used; `warnings` is a list of sentences.
     """
@@ -75,7 +75,13 @@ def _native() -> dict[str, Any]:
 
         if _C.isa() == "invalid":
             _C.set_isa(os.environ["LOWBIT_ISA"])  # raises what every verb would
-        verbs = {"activations": {"any": 0}, "matmul": FORMATS, "gather": FORMATS, "store": {"any": 0}, "solve": {"any": 0}}
+        verbs = {
+            "activations": {"any": 0},
+            "matmul": FORMATS,
+            "gather": FORMATS,
+            "store": {"any": 0},
+            "solve": {"any": 0},
+        }
         return {
             "library": _C.__file__,
             "version": _C.__version__,
@@ -91,7 +97,8 @@ def _native() -> dict[str, Any]:
             "threads": _C.threads(),
             "executor": _C.executor(),
         }
-    # Whatever keeps the library from loading (not built, a missing runtime, a wrong LOWBIT_ISA) is the finding.
+    # Whatever keeps the library from loading (not built, a missing runtime, a wrong LOWBIT_ISA) is the
+    # finding.
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -113,7 +120,7 @@ def available_cpus() -> int:
 
 
 def openmp_runtimes(maps: Path) -> list[str]:
-    """Paths of the OpenMP runtimes mapped into a process, from its /proc/<pid>/maps; the same file counts once."""
+    """Paths of the OpenMP runtimes mapped into a process, from its /proc/<pid>/maps, each file once."""
     found: dict[tuple[str, str], str] = {}
     try:
         lines = maps.read_text().splitlines()
@@ -145,7 +152,7 @@ def _cpu_model() -> str:
 
 
 def gpu(library_folder: Path) -> dict[str, Any]:
-    """{"library": built, "devices": [names], "usable", "state": one sentence}. Asks the NVIDIA driver itself."""
+    """{"library": built, "devices": [names], "usable", "state": one sentence}, from the NVIDIA driver."""
     built = (library_folder / "liblowbit_cuda.so").is_file()
     devices, problem = _cuda_devices()
     if problem:
@@ -153,7 +160,9 @@ def gpu(library_folder: Path) -> dict[str, Any]:
     elif built:
         state = f"{', '.join(devices)}: ready"
     else:
-        state = f"{', '.join(devices)} found, but this build of lowbit has no CUDA library (liblowbit_cuda.so)"
+        state = (
+            f"{', '.join(devices)} found, but this build of lowbit has no CUDA library (liblowbit_cuda.so)"
+        )
     if problem and not built:
         state += "; CUDA library not built"
     return {"library": built, "devices": devices, "usable": built and bool(devices), "state": state}
@@ -186,15 +195,21 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
         warnings.append(f"the native library cannot be used: {native['error']}")
     if len(facts["openmp"]) > 1:
         warnings.append(
-            f"{len(facts['openmp'])} OpenMP runtimes in one process: their thread pools compete for the same cores "
-            f"({', '.join(facts['openmp'])})"
+            f"{len(facts['openmp'])} OpenMP runtimes in one process, whose thread pools compete for the same "
+            f"cores: {', '.join(facts['openmp'])}"
         )
     if facts["huge_pages"] == "never":
-        warnings.append("transparent huge pages are off: reading weights from memory can be up to three times slower")
+        warnings.append(
+            "transparent huge pages are off: reading weights from memory can be up to three times slower"
+        )
     if native.get("threads", 0) > facts["cpu"]["available"]:
-        warnings.append(f"{native['threads']} threads for {facts['cpu']['available']} CPUs: set OMP_NUM_THREADS")
+        warnings.append(
+            f"{native['threads']} threads for {facts['cpu']['available']} CPUs: set OMP_NUM_THREADS"
+        )
     if facts["packages"]["transformers"] is None:
-        warnings.append("transformers is not installed: quantizing and running models needs `pip install 'lowbit[hf]'`")
+        warnings.append(
+            "transformers is not installed: quantizing and running models needs `pip install 'lowbit[hf]'`"
+        )
     if sys.platform != "linux":
         warnings.append(f"{sys.platform} is not tested; Linux is")
     return warnings

@@ -1,18 +1,19 @@
 """How good a causal language model is on a text, and how far it is from a reference.
 
-The text is tokenized (`encode`) and cut into consecutive windows of `context` tokens that do not overlap; a last,
-shorter window counts if it has at least two tokens. A window is one forward pass from an empty cache. With
-p(. | prefix) the softmax of a window's logits in float32:
+The text is tokenized (`encode`) and cut into consecutive windows of `context` tokens that do not overlap; a
+last, shorter window counts if it has at least two tokens. A window is one forward pass from an empty cache.
+With p(. | prefix) the softmax of a window's logits in float32:
 
-    perplexity      exp of the mean of -ln p(token i | tokens 0..i-1 of its window), i >= 1. The first token of a
-                    window has no prefix and is not scored.
-    KL divergence   mean over every position of every window (the last one included, though what it predicts lies
-                    outside the window) of sum_v r(v) * (ln r(v) - ln p(v)), r the reference; in nats per token.
+    perplexity      exp of the mean of -ln p(token i | tokens 0..i-1 of its window), i >= 1. The first token
+                    of a window has no prefix and is not scored.
+    KL divergence   mean over every position of every window (the last one included, though what it predicts
+                    lies outside the window) of sum_v r(v) * (ln r(v) - ln p(v)), r the reference; in nats.
     top-1 agreement the share of the same positions at which both models find the same token likeliest.
-    tokens/s        tokens of all windows divided by the seconds that the forward passes took: the speed of reading a
-                    prompt, not of generating.
+    tokens/s        tokens of all windows divided by the seconds that the forward passes took: the speed of
+                    reading a prompt, not of generating.
 
-This is the procedure of the GPTQ paper's evaluation (Frantar et al. 2022) with a text and a context of one's choice.
+This is the procedure of the GPTQ paper's evaluation (Frantar et al. 2022) with a text and a context of one's
+choice.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _text_config(model: torch.nn.Module) -> Any:
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the model's parameters and saved buffers; a storage shared by several (a tied table) counts once."""
+    """Bytes of the model's parameters and saved buffers; a storage shared by several counts once."""
     storages = {}
     for tensor in model.state_dict(keep_vars=True).values():
         if isinstance(tensor, torch.Tensor):
@@ -81,8 +82,9 @@ def read_texts(paths: Iterable[str | Path]) -> list[str]:
         try:
             texts.append(Path(path).read_text("utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
-                             f"at {error.start}") from None  # fmt: skip
+            raise ValueError(
+                f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start}"
+            ) from None
     return texts
 
 
@@ -96,7 +98,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
 
 
 def windows(token_ids: torch.Tensor, context: int) -> list[torch.Tensor]:
-    """Consecutive windows of `context` tokens; a last one of at least two. ValueError: fewer than two tokens."""
+    """Consecutive windows of `context` tokens, the last of at least two. ValueError: fewer than two tokens."""
     if context < 2:
         raise ValueError(f"context: expected at least 2 tokens, got {context}")
     if token_ids.ndim != 1 or token_ids.numel() < 2:
@@ -113,18 +115,21 @@ def evaluate(
     context: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity of `model` on token_ids int64 [T] and, with a reference, the distance between the two (see above).
+    """Perplexity of `model` on token_ids int64 [T] and, with a reference, the distance between the two (see
+    above).
 
     model(ids [1, n]).logits is [1, n, vocabulary]. context: tokens a window, None: default_context(model).
-    progress(done, windows) is called after every window. ValueError: fewer than two tokens, a token outside the
-    vocabulary, or a reference with another vocabulary.
+    progress(done, windows) is called after every window. ValueError: fewer than two tokens, a token outside
+    the vocabulary, or a reference with another vocabulary.
     """
     context = default_context(model) if context is None else context
     pieces = windows(token_ids, context)
     # The embedding would say "index out of range in self".
     vocabulary = getattr(_text_config(model), "vocab_size", None)
     if vocabulary is not None and token_ids.max() >= vocabulary:
-        raise ValueError(f"token: expected an id below the vocabulary's {vocabulary}, got {int(token_ids.max())}")
+        raise ValueError(
+            f"token: expected an id below the vocabulary's {vocabulary}, got {int(token_ids.max())}"
+        )
     was_training = [(m, m.training) for m in (model, reference) if m is not None]
     for module, _ in was_training:
         module.eval()
@@ -132,7 +137,9 @@ def evaluate(
         total = _Totals()
         for done, ids in enumerate(pieces, 1):
             logits, seconds = _forward(model, ids)
-            reference_logits, reference_seconds = _forward(reference, ids) if reference is not None else (None, 0.0)
+            reference_logits, reference_seconds = (
+                _forward(reference, ids) if reference is not None else (None, 0.0)
+            )
             total.add(ids.to(logits.device), logits, reference_logits)
             total.seconds += seconds
             total.reference_seconds += reference_seconds
@@ -187,7 +194,8 @@ class _Totals:
                 log_r = reference[part].to(logits.device).float().log_softmax(-1)
                 self.reference_nll += _nll(log_r, targets)
                 r = log_r.exp()
-                # A token that the reference excludes (probability 0) adds nothing, whatever the model says of it.
+                # A token that the reference excludes (probability 0) adds nothing, whatever the model says of
+                # it.
                 terms = torch.where(r > 0, r * (log_r - log_p), torch.zeros((), device=r.device))
                 terms = torch.where(r.isnan(), r, terms)
                 self.kl += terms.sum(-1).double().sum().item()

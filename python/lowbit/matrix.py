@@ -443,3 +443,7 @@ def perm_from_g_idx(g_idx: torch.Tensor, cols: int, group_size: int) -> torch.Te
         bad = int((sizes != expected).nonzero()[0])
         raise ValueError(f"g_idx: expected {int(expected[bad])} columns in group {bad}, got {int(sizes[bad])}")
     return torch.argsort(g_idx, stable=True).to(torch.int32)
+
+
+# Last, because ops needs the names above: whoever has a PackedMatrix has torch.ops.lowbit, which its verbs call.
+import lowbit.ops  # noqa: E402, F401

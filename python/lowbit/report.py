@@ -1,15 +1,16 @@
 """The report of a quantization: a JSON object and one self-contained HTML page.
 
-The page loads nothing (no scripts, fonts, images or links), so it can be kept beside the model and mailed. Names and
-paths come from files and are escaped.
+The page loads nothing (no scripts, fonts, images or links), so it can be kept beside the model and mailed.
+Names and paths come from files and are escaped.
 
 A report is a dict:
     model, output   what was read and written
     version         of lowbit
     recipe          what was asked for
     calibration     {"source", "tokens", "context"}
-    modules         one dict a module, as lowbit.quantize reports them: name, shape [N, K], format, group_size,
-                    bits_per_weight, relative_error, damp, seconds, fallback (values may be None)
+    modules         one dict a packed matrix, as lowbit.quantize reports them: name, shape [N, K], format,
+                    group_size, bits_per_weight, relative_error, error_of, damp, seconds, fallback
+    kept            one dict a matrix left as it was: name, shape, reason
     totals          {"modules", "bytes_before", "bytes_after", "bits_per_weight", "seconds"}
     evaluation      Evaluation.to_dict(), or None
 """
@@ -56,8 +57,9 @@ def _finite(value: Any) -> Any:
 def split_names(names: Sequence[str]) -> list[tuple[int | None, str]]:
     """Each module name as (layer, rest): "model.layers.3.self_attn.q_proj" is (3, "self_attn.q_proj").
 
-    The layer is the first number in the name, None where there is none. What stands before it is dropped when it is
-    the same for every layer of the model, and kept when the model has several stacks ("vision.3.mlp.fc1").
+    The layer is the first number in the name, None where there is none. What stands before it is dropped when
+    it is the same for every layer of the model, and kept when the model has several stacks
+    ("vision.3.mlp.fc1").
     """
     parts = [re.fullmatch(r"(?:(.*?)\.)?(\d+)\.(.+)", name) for name in names]
     stacks = {match[1] for match in parts if match}
@@ -71,14 +73,12 @@ def split_names(names: Sequence[str]) -> list[tuple[int | None, str]]:
 
 
 def human_bytes(count: float) -> str:
-    """"7.3 MB": decimal units, as disks and model hubs count."""
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 999.5:
-            break
+    """In decimal units, as disks and model hubs count: "7.3 MB"."""
+    units = ["B", "kB", "MB", "GB"]
+    while count >= 999.5 and len(units) > 1:
         count /= 1000
-    else:
-        unit = "GB"
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        del units[0]
+    return f"{count:.0f} {units[0]}" if units[0] == "B" or count >= 99.95 else f"{count:.1f} {units[0]}"
 
 
 def human_figure(value: float | None) -> str:
@@ -93,25 +93,34 @@ def human_figure(value: float | None) -> str:
 # ---- the page ----
 
 _STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --faint: #6a737d; --line: #dfe3e8; --back: #ffffff; --card: #f5f7f9; }
+:root { color-scheme: light dark;
+        --text: #1b1f24; --faint: #6a737d; --line: #dfe3e8; --back: #ffffff; --card: #f5f7f9; }
 @media (prefers-color-scheme: dark) {
   :root { --text: #e4e7eb; --faint: #98a2ad; --line: #3a4149; --back: #171a1e; --card: #20252b; }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
        max-width: 68rem; margin: 2.5rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
-p { margin: .3rem 0; } .faint { color: var(--faint); }
-dl.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.6rem 0; }
-dl.cards div { background: var(--card); border-radius: .5rem; padding: .7rem 1rem; }
-dt { color: var(--faint); font-size: .8rem; } dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-dd small { color: var(--faint); font-size: .8rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .2rem; }
+h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
+p { margin: .3rem 0; }
+.faint { color: var(--faint); }
 .wide { overflow-x: auto; }
+dl.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr));
+           gap: .8rem; margin: 1.6rem 0; }
+dl.cards div { background: var(--card); border-radius: .5rem; padding: .7rem 1rem; }
+dt { color: var(--faint); font-size: .8rem; }
+dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+dd small { color: var(--faint); font-size: .8rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
+         white-space: nowrap; }
 th { color: var(--faint); font-weight: 500; font-size: .85rem; }
-td.number, th.number { text-align: right; } td.fallback { white-space: normal; color: #d55e00; }
-svg { width: 100%; height: auto; } svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
-svg .grid { stroke: var(--line); } svg .axis { stroke: var(--faint); }
+td.number, th.number { text-align: right; }
+td.words { white-space: normal; }
+svg { width: 100%; height: auto; }
+svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
+svg .grid { stroke: var(--line); }
+svg .axis { stroke: var(--faint); }
 """
 
 
@@ -127,72 +136,103 @@ def to_html(report: dict[str, Any]) -> str:
     if chart:
         body += [
             "<h2>Relative error by layer</h2>",
-            '<p class="faint">Error of the module\'s output on the calibration data, relative to the output; '
-            "logarithmic. Modules outside the layers are in the table only.</p>",
+            f'<p class="faint">{_ERROR_EXPLAINED} Logarithmic; modules outside the layers are in the table.</p>',
             f'<div class="wide">{chart}</div>',
         ]
-    body += ["<h2>Modules</h2>", f'<div class="wide">{_module_table(report["modules"])}</div>']
-    body += ["<h2>Recipe</h2>", _settings_table(report["recipe"])]
-    body += ["<h2>Calibration</h2>", _settings_table(report["calibration"])]
-    if report.get("evaluation"):
-        body += ["<h2>Evaluation</h2>", _settings_table(report["evaluation"])]
+    body += ["<h2>Modules</h2>", _module_table(report["modules"])]
+    if report["kept"]:
+        kept = [(m["name"], _shape(m["shape"]), m["reason"]) for m in report["kept"]]
+        body += ["<h2>Left as they were</h2>", _table(("module", "shape", "reason"), kept, words=("reason",))]
+    for name in ("recipe", "calibration", "evaluation"):
+        if report[name]:
+            rows = [(key.replace("_", " "), _setting(value)) for key, value in report[name].items()]
+            body += [f"<h2>{name.capitalize()}</h2>", _table((), rows, words=(1,))]
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
     )
 
 
+_ERROR_EXPLAINED = (
+    "For calibrated modules the error of the output on the calibration data, relative to the output; "
+    "for modules rounded to nearest the error of the weight, relative to the weight."
+)
+
+
 def _cards(report: dict[str, Any]) -> str:
-    totals, evaluation = report["totals"], report.get("evaluation")
+    totals, evaluation = report["totals"], report["evaluation"]
     before, after = totals["bytes_before"], totals["bytes_after"]
+    fallbacks = sum(1 for module in report["modules"] if module["fallback"])
     cards = [
         ("Size", f"{human_bytes(before)} → {human_bytes(after)}", f"{after / before:.0%}" if before else ""),
         ("Bits per weight", human_figure(totals["bits_per_weight"]), f"{totals['modules']} modules"),
         ("Time", f"{totals['seconds']:.1f} s", ""),
+        ("Fallbacks", str(fallbacks), "see the table" if fallbacks else ""),
     ]
-    fallbacks = sum(1 for module in report["modules"] if module.get("fallback"))
-    cards.append(("Fallbacks", str(fallbacks), "see the table" if fallbacks else ""))
     if evaluation:
-        cards.append(("Perplexity", human_figure(evaluation["perplexity"]),
-                      f"from {human_figure(evaluation['reference_perplexity'])}"))  # fmt: skip
-        cards.append(("KL divergence", human_figure(evaluation["kl_divergence"]), "nats per token"))
-    return '<dl class="cards">' + "".join(
+        reference = human_figure(evaluation["reference_perplexity"])
+        cards += [
+            ("Perplexity", human_figure(evaluation["perplexity"]), f"from {reference}"),
+            ("KL divergence", human_figure(evaluation["kl_divergence"]), "nats per token"),
+        ]
+    shown = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(note)}</small></dd></div>"
         for name, value, note in cards
-    ) + "</dl>"  # fmt: skip
+    )
+    return f'<dl class="cards">{shown}</dl>'
 
 
 def _module_table(modules: Sequence[dict[str, Any]]) -> str:
-    head = "".join(
-        f'<th class="number">{title}</th>' if number else f"<th>{title}</th>"
-        for title, number in (("module", 0), ("shape", 0), ("format", 0), ("group", 1), ("bits/weight", 1),
-                              ("rel. error", 1), ("damp", 1), ("time", 1), ("fallback", 0))  # fmt: skip
+    numbers = ("group", "bits/weight", "rel. error", "damp", "time")
+    titles = ("module", "shape", "format", *numbers[:3], "of", *numbers[3:], "fallback")
+    rows = [
+        (
+            module["name"],
+            _shape(module["shape"]),
+            module["format"],
+            str(module["group_size"]),
+            human_figure(module["bits_per_weight"]),
+            human_figure(module["relative_error"]),
+            module["error_of"] or "",
+            human_figure(module["damp"]),
+            f"{module['seconds']:.2f} s",
+            module["fallback"] or "",
+        )
+        for module in modules
+    ]
+    return _table(titles, rows, numbers, words=("fallback",))
+
+
+def _table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Sequence[str] = (),
+    words: Sequence[str | int] = (),
+) -> str:
+    """An HTML table. Columns, by title or index, of `numbers` are right-aligned, of `words` may wrap."""
+    keys = titles or range(len(rows[0]))
+    kinds = [" class=number" if key in numbers else " class=words" if key in words else "" for key in keys]
+    head = "".join(f"<th{kind}>{escape(title)}</th>" for title, kind in zip(titles, kinds, strict=False))
+    body = "\n".join(
+        "<tr>"
+        + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+        + "</tr>"
+        for row in rows
     )
-    rows = []
-    for module in modules:
-        numbers = (
-            str(module.get("group_size") or "-"),
-            human_figure(module.get("bits_per_weight")),
-            human_figure(module.get("relative_error")),
-            human_figure(module.get("damp")),
-            "-" if module.get("seconds") is None else f"{module['seconds']:.2f} s",
-        )
-        rows.append(
-            f"<tr><td>{escape(module['name'])}</td><td>{'×'.join(str(int(n)) for n in module['shape'])}</td>"
-            f"<td>{escape(str(module['format']))}</td>"
-            + "".join(f'<td class="number">{escape(number)}</td>' for number in numbers)
-            + f'<td class="fallback">{escape(str(module.get("fallback") or ""))}</td></tr>'
-        )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(rows) + "\n</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def _settings_table(settings: dict[str, Any]) -> str:
-    rows = []
-    for name, value in settings.items():
-        shown = human_figure(value) if isinstance(value, float) else value if isinstance(value, str) else to_json(value, None)
-        rows.append(f"<tr><td>{escape(name.replace('_', ' '))}</td><td>{escape(shown)}</td></tr>")
-    return "<table><tbody>" + "".join(rows) + "</tbody></table>"
+def _shape(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, float):
+        return human_figure(value)
+    return value if isinstance(value, str) else to_json(value, None)
 
 
 # ---- the chart ----
@@ -202,7 +242,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 190, 12, 40
 
 
 def error_chart(modules: Sequence[dict[str, Any]]) -> str:
-    """Relative error over the layers as SVG, one line a kind of module; "" when no layer has a positive error.
+    """Relative error over the layers as SVG, one line a kind of module; "" when no layer has a positive
+    error.
 
     Modules that differ by a number alone (experts) are one kind: a point each, the line through their means.
     """
@@ -225,35 +266,33 @@ def error_chart(modules: Sequence[dict[str, Any]]) -> str:
         share = (math.log10(error) - math.log10(low)) / (math.log10(high) - math.log10(low))
         return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="relative error by layer">']
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+    # More kinds than fit beside the plot: the picture grows downwards with its key.
+    height = max(_HEIGHT, _TOP + 20 + 20 * len(kinds))
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="relative error by layer">']
     for tick in _ticks(low, high):
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y(tick)}" y2="{y(tick)}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
-    parts.append(
-        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM}"/>'
-    )
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     for layer in layers[:: math.ceil(len(layers) / 24)]:
-        parts.append(f'<text x="{x(layer)}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{layer}</text>')
-    parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">layer</text>')
+        parts.append(f'<text x="{x(layer)}" y="{bottom + 18}" text-anchor="middle">{layer}</text>')
+    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">layer</text>')
 
     for index, (kind, points) in enumerate(kinds.items()):
         colour, dash = _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
-        means = [(layer, sum(error for error, _ in points[layer]) / len(points[layer])) for layer in sorted(points)]
-        line = " ".join(f"{x(layer)},{y(mean)}" for layer, mean in means)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"/>')
+        stroke = f'stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"'
+        means = {layer: sum(error for error, _ in at) / len(at) for layer, at in sorted(points.items())}
+        line = " ".join(f"{x(layer)},{y(mean)}" for layer, mean in means.items())
+        parts.append(f'<polyline points="{line}" fill="none" {stroke}/>')
         parts += [
             f'<circle cx="{x(layer)}" cy="{y(error)}" r="3" fill="{colour}">'
             f"<title>{escape(name)}: {error:.3g}</title></circle>"
-            for layer in sorted(points)
-            for error, name in points[layer]
+            for layer, at in sorted(points.items())
+            for error, name in at
         ]
         key = _TOP + 8 + 20 * index
-        parts.append(f'<line x1="{_WIDTH - _RIGHT + 16}" x2="{_WIDTH - _RIGHT + 36}" y1="{key}" y2="{key}" '
-                     f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>')  # fmt: skip
-        parts.append(f'<text x="{_WIDTH - _RIGHT + 42}" y="{key + 4}">{escape(kind)}</text>')
-    # More kinds than fit beside the plot: the picture grows downwards with its key.
-    height = max(_HEIGHT, _TOP + 20 + 20 * len(kinds))
-    parts[0] = parts[0].replace(f"0 0 {_WIDTH} {_HEIGHT}", f"0 0 {_WIDTH} {height}")
+        parts.append(f'<line x1="{right + 16}" x2="{right + 36}" y1="{key}" y2="{key}" {stroke}/>')
+        parts.append(f'<text x="{right + 42}" y="{key + 4}">{escape(kind)}</text>')
     return "\n".join(parts) + "\n</svg>"
 
 
@@ -268,8 +307,11 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _axis_limits(smallest: float, largest: float) -> tuple[float, float]:
     """The nearest multiples of 1, 2 and 5 times powers of ten that enclose both, never equal."""
-    marks = [float(f"{digit}e{power}") for power in range(math.floor(math.log10(smallest)) - 1,
-                                                         math.ceil(math.log10(largest)) + 2) for digit in (1, 2, 5)]  # fmt: skip
+    marks = [
+        float(f"{digit}e{power}")
+        for power in range(math.floor(math.log10(smallest)) - 1, math.ceil(math.log10(largest)) + 2)
+        for digit in (1, 2, 5)
+    ]
     low = max(mark for mark in marks if mark <= smallest)
     high = min(mark for mark in marks if mark >= largest and mark > low)
     return low, high

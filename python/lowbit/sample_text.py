@@ -1,7 +1,8 @@
-"""Text that every Python has: source of its standard library, for calibrating and evaluating when no text is given.
+"""Text that every Python has: source of its standard library, for calibrating and evaluating when no text is
+given.
 
-Deterministic for one interpreter version. Calibration and evaluation draw on different modules, so that a figure
-measured with the defaults is not measured on the text that the model was calibrated with.
+Deterministic for one interpreter version. Calibration and evaluation draw on different modules, so that a
+figure measured with the defaults is not measured on the text that the model was calibrated with.
 """
 
 from __future__ import annotations
@@ -41,18 +42,19 @@ EVALUATION_MODULES = (
 
 
 def calibration_text(characters: int = 70_000) -> list[str]:
-    """The beginnings of CALIBRATION_MODULES, equally long, `characters` in all. FileNotFoundError: no library source."""
+    """`characters` in all, from the beginnings of CALIBRATION_MODULES. FileNotFoundError: no sources."""
     return _beginnings(CALIBRATION_MODULES, characters)
 
 
 def evaluation_text(characters: int = 70_000) -> list[str]:
-    """The beginnings of EVALUATION_MODULES, equally long, `characters` in all. FileNotFoundError: no library source."""
+    """`characters` in all, from the beginnings of EVALUATION_MODULES. FileNotFoundError: no sources."""
     return _beginnings(EVALUATION_MODULES, characters)
 
 
 def _beginnings(modules: tuple[str, ...], characters: int) -> list[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
-    # Some installations ship bytecode only, and a module may move between versions: take those that are there.
+    # Some installations ship bytecode only, and a module may move between versions: take those that are
+    # there.
     sources = [(library / module).read_text("utf-8") for module in modules if (library / module).is_file()]
     texts: list[str] = []
     missing = characters

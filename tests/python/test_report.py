@@ -6,7 +6,6 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
 import pytest
-
 from lowbit import report
 
 
@@ -18,6 +17,7 @@ def module(name, error=0.01, **more):
         "group_size": 32,
         "bits_per_weight": 4.5,
         "relative_error": error,
+        "error_of": "output",
         "damp": 0.01,
         "seconds": 0.25,
         "fallback": None,
@@ -32,10 +32,19 @@ def a_report(modules=None, **more):
         "version": "0.1.0",
         "recipe": {"bits": 4, "damp": 0.01, "rules": {"lm_head": "skip"}},
         "calibration": {"source": "some text", "tokens": 4096, "context": 512},
-        "modules": [module(f"model.layers.{i}.mlp.{m}", 0.01 * (i + 1)) for i in range(3) for m in ("up", "down")]
+        "modules": [
+            module(f"model.layers.{i}.mlp.{m}", 0.01 * (i + 1)) for i in range(3) for m in ("up", "down")
+        ]
         if modules is None
         else modules,
-        "totals": {"modules": 6, "bytes_before": 7_300_000, "bytes_after": 2_400_000, "bits_per_weight": 4.25, "seconds": 12.0},
+        "totals": {
+            "modules": 6,
+            "bytes_before": 7_300_000,
+            "bytes_after": 2_400_000,
+            "bits_per_weight": 4.25,
+            "seconds": 12.0,
+        },
+        "kept": [{"name": "lm_head", "shape": [96, 64], "reason": "the recipe gives it 16 bits"}],
         "evaluation": None,
         **more,
     }
@@ -80,6 +89,7 @@ def test_page_shows_every_module_and_the_totals():
         assert f"<td>model.layers.{i}.mlp.up</td><td>48×64</td><td>int4</td>" in page
     assert "7.3 MB → 2.4 MB" in page and "33%" in page
     assert "some text" in page and "4096" in page
+    assert "<td>lm_head</td><td>96×64</td><td class=words>the recipe gives it 16 bits</td>" in page
 
 
 def test_page_escapes_names_and_reasons():
@@ -97,14 +107,16 @@ def test_page_escapes_names_and_reasons():
 
 
 def test_missing_figures_are_dashes():
-    page = report.to_html(a_report([module("lm_head", error=None, damp=None, seconds=None, group_size=None)]))
-    assert page.count('<td class="number">-</td>') == 4
+    page = report.to_html(a_report([module("lm_head", error=None, damp=None)]))
+    assert page.count("<td class=number>-</td>") == 2
     assert "<svg" not in page
 
 
 def test_fallbacks_and_evaluation_are_shown():
     evaluation = {"perplexity": 8.4, "reference_perplexity": 8.31, "kl_divergence": 0.0081}
-    page = report.to_html(a_report([module("model.layers.0.q", fallback="too few tokens")], evaluation=evaluation))
+    page = report.to_html(
+        a_report([module("model.layers.0.q", fallback="too few tokens")], evaluation=evaluation)
+    )
     assert "too few tokens" in page
     assert "8.4" in page and "from 8.31" in page and "0.0081" in page
 
@@ -124,7 +136,9 @@ def test_chart_has_a_line_a_kind_and_a_point_a_module():
 
 
 def test_chart_joins_experts_into_one_kind():
-    modules = [module(f"model.layers.{i}.mlp.experts.{e}.up", 0.01 + e / 100) for i in range(2) for e in range(5)]
+    modules = [
+        module(f"model.layers.{i}.mlp.experts.{e}.up", 0.01 + e / 100) for i in range(2) for e in range(5)
+    ]
     root = ET.fromstring(report.error_chart(modules))
     assert len(root.findall("polyline")) == 1
     assert len(root.findall("circle")) == 10
@@ -167,13 +181,33 @@ def test_split_names(names, expected):
 
 @pytest.mark.parametrize(
     "count, text",
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (7_348_736, "7.3 MB"), (999_600, "1.0 MB"), (123_456_789, "123 MB"), (16.1e9, "16.1 GB"), (4e12, "4000 GB")],
-)  # fmt: skip
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (7_348_736, "7.3 MB"),
+        (999_600, "1.0 MB"),
+        (123_456_789, "123 MB"),
+        (16.1e9, "16.1 GB"),
+        (4e12, "4000 GB"),
+    ],
+)
 def test_human_bytes(count, text):
     assert report.human_bytes(count) == text
 
 
-@pytest.mark.parametrize("value, text", [(None, "-"), (0, "0"), (0.04123, "0.0412"), (8.312, "8.31"), (27.029, "27.03"), (float("nan"), "nan"), (1.5e9, "1.5e+09")])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "-"),
+        (0, "0"),
+        (0.04123, "0.0412"),
+        (8.312, "8.31"),
+        (27.029, "27.03"),
+        (float("nan"), "nan"),
+        (1.5e9, "1.5e+09"),
+    ],
+)
 def test_human_figure(value, text):
     assert report.human_figure(value) == text
 

@@ -1,1 +1,1 @@
-"""The command `lowbit`: one command a file, each importing what it needs when it runs, so that `--help` is quick."""
+"""The command `lowbit`: one command a file, each importing what it needs when it runs: `--help` is quick."""

@@ -10,8 +10,8 @@ from lowbit.cli.terminal import DebugOption, JsonOption, Terminal
 def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
     """Show what this machine and build can do.
 
-    Version, compiler, CPU features, the kernels that will run, threads, OpenMP runtimes, huge pages, GPU. Exit code 1
-    when the native library cannot be used.
+    Version, compiler, CPU features, the kernels that will run, threads, OpenMP runtimes, huge pages, GPU.
+    Exit code 1 when the native library cannot be used.
     """
     from lowbit.doctor import examine
 
@@ -27,8 +27,13 @@ def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
 
 def _show(terminal: Terminal, facts: dict) -> None:
     native, packages = facts["native"], facts["packages"]
-    terminal.line("lowbit", f"{native.get('version', 'unknown version')} · Python {facts['python']} · {facts['platform']}")
-    terminal.line("packages", " · ".join(f"{name} {version or 'not installed'}" for name, version in packages.items()))
+    terminal.line(
+        "lowbit",
+        f"{native.get('version', 'unknown version')} · Python {facts['python']} · {facts['platform']}",
+    )
+    terminal.line(
+        "packages", " · ".join(f"{name} {version or 'not installed'}" for name, version in packages.items())
+    )
     terminal.line("cpu", f"{facts['cpu']['model']} · {facts['cpu']['available']} CPUs for this process")
     if "error" not in native:
         terminal.line("features", native["cpu_features"] or "none that lowbit uses")
@@ -43,7 +48,11 @@ def _show(terminal: Terminal, facts: dict) -> None:
         terminal.print()
         terminal.table(
             ("verb", "format", "kernel"),
-            [(verb, name, kernel) for verb, chosen in native["kernels"].items() for name, kernel in chosen.items()],
+            [
+                (verb, name, kernel)
+                for verb, chosen in native["kernels"].items()
+                for name, kernel in chosen.items()
+            ],
         )
     for warning in facts["warnings"]:
         terminal.print()

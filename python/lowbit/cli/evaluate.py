@@ -11,10 +11,18 @@ from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of the model.", metavar="MODEL")],
-    against: Annotated[str | None, typer.Option(help="Folder of the reference, usually the unquantized model.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="UTF-8 text file; repeatable. Default: Python library source.")] = None,
-    context: Annotated[int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")] = 0,
-    max_windows: Annotated[int, typer.Option(min=0, help="Stop after so many windows; 0: the whole text.")] = 0,
+    against: Annotated[
+        str | None, typer.Option(help="Folder of the reference, usually the unquantized model.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="UTF-8 text file; repeatable. Default: Python library source.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")
+    ] = 0,
+    max_windows: Annotated[
+        int, typer.Option(min=0, help="Stop after so many windows; 0: the whole text.")
+    ] = 0,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
@@ -22,9 +30,9 @@ def evaluate(
 ) -> None:
     """Measure perplexity, and distance from a reference.
 
-    The text is cut into windows that do not overlap; the first token of each is not scored. With
-    --against: KL divergence is the mean over all positions of KL(reference || model), in nats; top-1 agreement the
-    share of positions where both find the same token likeliest.
+    The text is cut into windows that do not overlap; the first token of each is not scored. With --against:
+    KL divergence is the mean over all positions of KL(reference || model), in nats; top-1 agreement the share
+    of positions where both find the same token likeliest.
     """
     terminal = Terminal(json)
 
@@ -52,10 +60,15 @@ def read_texts(paths: list[str] | None) -> tuple[list[str], str]:
 
     if paths:
         return evaluate.read_texts(paths), ", ".join(paths)
-    return sample_text.evaluation_text(), "source text of Python's standard library (give your own with --text)"
+    return (
+        sample_text.evaluation_text(),
+        "source text of Python's standard library (give your own with --text)",
+    )
 
 
-def measure(terminal: Terminal, model: Any, tokens: Any, reference: Any, context: int, max_windows: int) -> dict[str, Any]:
+def measure(
+    terminal: Terminal, model: Any, tokens: Any, reference: Any, context: int, max_windows: int
+) -> dict[str, Any]:
     """Evaluation.to_dict() with a progress bar; context and max_windows 0 mean the default and everything."""
     from lowbit.evaluate import default_context
     from lowbit.evaluate import evaluate as evaluate_model
@@ -64,25 +77,37 @@ def measure(terminal: Terminal, model: Any, tokens: Any, reference: Any, context
     if max_windows:
         tokens = tokens[: context * max_windows]
     with terminal.progress("windows") as progress:
-        return evaluate_model(model, tokens, reference=reference, context=context, progress=progress.update).to_dict()
+        return evaluate_model(
+            model, tokens, reference=reference, context=context, progress=progress.update
+        ).to_dict()
 
 
 def show(terminal: Terminal, figures: dict[str, Any]) -> None:
     from lowbit.report import human_bytes, human_figure
 
-    terminal.line("windows", f"{figures['windows']} of {figures['context']} tokens · {figures['tokens']:,} tokens scored")
+    terminal.line(
+        "windows",
+        f"{figures['windows']} of {figures['context']} tokens · {figures['tokens']:,} tokens scored",
+    )
     if figures["kl_divergence"] is None:
-        terminal.line("model", f"perplexity {human_figure(figures['perplexity'])} · {human_bytes(figures['bytes'])} · "
-                               f"{figures['tokens_per_second']:.0f} tokens/s")  # fmt: skip
+        terminal.line(
+            "model",
+            f"perplexity {human_figure(figures['perplexity'])} · {human_bytes(figures['bytes'])} · "
+            f"{figures['tokens_per_second']:.0f} tokens/s",
+        )
         return
     terminal.table(
         ("", "perplexity", "bytes", "tokens/s"),
         [
-            (name, human_figure(figures[f"{prefix}perplexity"]), human_bytes(figures[f"{prefix}bytes"]),
-             f"{figures[f'{prefix}tokens_per_second']:.0f}")
+            (
+                name,
+                human_figure(figures[f"{prefix}perplexity"]),
+                human_bytes(figures[f"{prefix}bytes"]),
+                f"{figures[f'{prefix}tokens_per_second']:.0f}",
+            )
             for name, prefix in (("reference", "reference_"), ("model", ""))
         ],
         numbers=("perplexity", "bytes", "tokens/s"),
-    )  # fmt: skip
+    )
     terminal.line("KL", f"{human_figure(figures['kl_divergence'])} nats per token, KL(reference || model)")
     terminal.line("top-1", f"{figures['top1_agreement']:.2%} of positions agree")

@@ -44,7 +44,11 @@ def generate(
         _write(prompt)
     torch.manual_seed(seed)
     # Sampling is spelled out: a model's generation_config may set top_k and others of its own.
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
     end = loaded.generation_config.eos_token_id
     loaded.generate(
         ids.to(loaded.device),
@@ -57,7 +61,14 @@ def generate(
     figures = stream.figures()
     if json:
         Terminal(json).emit(
-            {"model": model, "prompt": prompt, "text": stream.text, "temperature": temperature, "seed": seed, **figures}
+            {
+                "model": model,
+                "prompt": prompt,
+                "text": stream.text,
+                "temperature": temperature,
+                "seed": seed,
+                **figures,
+            }
         )
         return
     _write("\n")

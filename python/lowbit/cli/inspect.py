@@ -18,14 +18,19 @@ _GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A model folder, or one .safetensors file in it.", metavar="MODEL")],
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every file with the manifest's SHA-256 first.")] = False,
+    path: Annotated[
+        str, typer.Argument(help="A model folder, or one .safetensors file in it.", metavar="MODEL")
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with the manifest's SHA-256 first.")
+    ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show a model's modules, from its files.
 
-    Format, shape, group size, bits per weight, bytes, range of the scales. Reads lowbit and GPTQ checkpoints and plain ones; no model is built and no weight is unpacked.
+    Format, shape, group size, bits per weight, bytes, range of the scales. Reads lowbit and GPTQ checkpoints
+    and plain ones; no model is built and no weight is unpacked.
     """
     terminal = Terminal(json)
 
@@ -49,9 +54,16 @@ def inspect(
     totals = facts["totals"]
     terminal.print()
     for name, group in totals["formats"].items():
-        terminal.line(name, f"{group['modules']} modules · {group['weights']:,} weights · {human_bytes(group['bytes'])}")
-    terminal.line("other", f"{totals['other_tensors']} tensors (norms, biases) · {human_bytes(totals['other_bytes'])}")
-    terminal.line("total", f"{human_bytes(totals['bytes'])} · {totals['bits_per_weight']:.2f} bits/weight over all matrices")
+        terminal.line(
+            name, f"{group['modules']} modules · {group['weights']:,} weights · {human_bytes(group['bytes'])}"
+        )
+    terminal.line(
+        "other", f"{totals['other_tensors']} tensors (norms, biases) · {human_bytes(totals['other_bytes'])}"
+    )
+    terminal.line(
+        "total",
+        f"{human_bytes(totals['bytes'])} · {totals['bits_per_weight']:.2f} bits/weight over all matrices",
+    )
     if verified is not None:
         terminal.line("verified", f"{len(verified)} files have the size and SHA-256 of the manifest")
 
@@ -59,25 +71,20 @@ def inspect(
 def examine(path: Path) -> dict[str, Any]:
     """{"path", "quant_method", "modules": [...], "totals"} of a folder or a .safetensors file.
 
-    A module is a dict: name, format ("int4", "gptq int4", "float32", ...), shape [rows, cols], group_size, bits_per_weight,
-    bytes, scales [smallest, largest] or None, zeros, perm (whether stored), shared_with (name of the owner, or None).
+    A module is a dict: name, format ("int4", "gptq int4", "float32", ...), shape [rows, cols], group_size,
+    bits_per_weight, bytes, scales [smallest, largest] or None, zeros, perm (whether stored), shared_with
+    (name of the owner, or None).
     ValueError, naming file and tensor, for contents that contradict themselves; FileNotFoundError.
     """
+    from lowbit.checkpoint import gptq, quantization_config
     from lowbit.checkpoint.native import QUANT_METHOD, parse_entries
     from lowbit.checkpoint.safetensors_map import Weights
-    from lowbit.checkpoint.strict_json import parse_json
 
     folder = path if path.is_dir() else path.parent
-    names = (path.name,) if path.is_file() else ("model.safetensors", *sorted(f.name for f in folder.glob("gptq_model*.safetensors")))
-    weights = Weights(folder, names)
-    config = parse_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    settings = config.get("quantization_config")
-    if settings is None and (folder / "quantize_config.json").exists():
-        settings = {"quant_method": "gptq", **parse_json(folder / "quantize_config.json")}
-    if settings is not None and not isinstance(settings, dict):
-        raise ValueError(f"{folder / 'config.json'}: quantization_config: expected an object, got {type(settings).__name__}")
+    weights = Weights(folder, (path.name,) if path.is_file() else gptq.weight_files(folder))
+    settings, where = quantization_config(folder)
     method = (settings or {}).get("quant_method")
-    entries = parse_entries(settings, str(folder / "config.json")) if method == QUANT_METHOD else {}
+    entries = parse_entries(settings, where) if method == QUANT_METHOD else {}
 
     modules, other = [], []
     for tensor in weights:
@@ -87,7 +94,11 @@ def examine(path: Path) -> dict[str, Any]:
             modules.append(_packed_module(name, entry, weights))
         elif part == "qweight":
             modules.append(_gptq_module(name, settings or {}, weights))
-        elif part == "weight" and len(weights.entry(tensor).shape) == 2 and weights.entry(tensor).dtype.is_floating_point:
+        elif (
+            part == "weight"
+            and len(weights.entry(tensor).shape) == 2
+            and weights.entry(tensor).dtype.is_floating_point
+        ):
             modules.append(_float_module(name, weights))
         elif not (entry is not None and part.startswith("weight_")) and not (
             part in _GPTQ_PARTS and f"{name}.qweight" in weights
@@ -96,7 +107,9 @@ def examine(path: Path) -> dict[str, Any]:
     known = {module["name"]: module for module in modules}
     for name, entry in entries.items():
         if entry.shared_with in known and name not in known:
-            modules.append({**known[entry.shared_with], "name": name, "bytes": 0, "shared_with": entry.shared_with})
+            modules.append(
+                {**known[entry.shared_with], "name": name, "bytes": 0, "shared_with": entry.shared_with}
+            )
     modules.sort(key=lambda module: _natural(module["name"]))
     return {
         "path": str(path),
@@ -109,7 +122,8 @@ def examine(path: Path) -> dict[str, Any]:
 def _packed_module(name: str, entry: Any, weights: Weights) -> dict[str, Any]:
     scale = f"{name}.weight_scale"
     if scale not in weights:
-        raise ValueError(f"{weights.path(f'{name}.weight')}: {name}: expected weight_scale beside packed weight, found none")
+        where = weights.path(f"{name}.weight")
+        raise ValueError(f"{where}: {name}: expected weight_scale beside packed weight, found none")
     parts = [f"{name}.{part}" for part in ("weight", "weight_scale", "weight_zero", "weight_perm")]
     return _module(
         name,
@@ -135,13 +149,16 @@ def _gptq_module(name: str, settings: dict[str, Any], weights: Weights) -> dict[
         cols = weights.entry(f"{name}.g_idx").shape[0]
         bits = words[0] * 32 // max(cols, 1)
     if bits not in (2, 3, 4, 8) or len(words) != 2 or len(scales) != 2 or not scales[0]:
-        raise ValueError(f"{where}: expected 2-D qweight and scales of 2, 3, 4 or 8 bits, got {list(words)}, {list(scales)}, {bits}")
+        raise ValueError(
+            f"{where}: expected 2-D qweight and scales of 2, 3, 4 or 8 bits, "
+            f"got {list(words)}, {list(scales)} and {bits}"
+        )
     cols = words[0] * 32 // bits
     group_size = settings.get("group_size")
     if type(group_size) is not int or group_size < 1 or -(-cols // group_size) != scales[0]:
         group_size = -(-cols // scales[0])
     parts = [f"{name}.{part}" for part in _GPTQ_PARTS]
-    index = weights[f"{name}.g_idx"] if f"{name}.g_idx" in weights else None
+    index = weights.get(f"{name}.g_idx")
     return _module(
         name,
         f"gptq int{bits}",

@@ -1,7 +1,7 @@
 """The entry point of `lowbit` and `python -m lowbit`: parses, runs one command, turns errors into exit codes.
 
-Exit codes: 0 success, 1 failure, 2 bad input (arguments, files, values), 130 interrupted, 141 the reader of our
-output went away. Errors are one line on stderr; --debug shows the traceback.
+Exit codes: 0 success, 1 failure, 2 bad input (arguments, files, values), 130 interrupted, 141 the reader of
+our output went away. Errors are one line on stderr; --debug shows the traceback.
 """
 
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 
 FAILURE, BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
-# What a wrong argument, path or file raises in this library; anything else is a failure of the run or of lowbit.
+# What a wrong argument, path or file raises in this library; anything else is a failure of the run or of
+# lowbit.
 _BAD_INPUT_ERRORS = (
     ValueError,
     TypeError,
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_folder(folder: str) -> int:
     path = Path(__file__).resolve().parents[1] / folder
     if not path.is_dir():
-        print(f"error: {path}: not there; the C++ library is not installed with this package", file=sys.stderr)
+        print(
+            f"error: {path}: not there; the C++ library is not installed with this package", file=sys.stderr
+        )
         return FAILURE
     print(path)
     return 0
@@ -82,7 +85,8 @@ def _run(argv: list[str]) -> int:
     debug = "--debug" in argv[: argv.index("--")] if "--" in argv else "--debug" in argv
     command = typer.main.get_command(_app())
     try:
-        # make_context and invoke instead of command(): that would exit the process and print errors its own way.
+        # make_context and invoke instead of command(): that would exit the process and print errors its own
+        # way.
         with command.make_context("lowbit", argv or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as exit_:
@@ -114,7 +118,7 @@ def _describe(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else ""
-    if _is_bad_input(error) or isinstance(error, (OSError, RuntimeError)) and message:
+    if _is_bad_input(error) or (isinstance(error, (OSError, RuntimeError)) and message):
         return message or type(error).__name__
     return f"{type(error).__name__}: {message} (a bug in lowbit? --debug shows where)"
 
@@ -137,12 +141,20 @@ def _app():
     @app.callback()
     def options(
         version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-        cmakedir: bool = typer.Option(False, "--cmakedir", help="Print the folder of lowbit's CMake package and exit."),
-        pkgconfigdir: bool = typer.Option(False, "--pkgconfigdir", help="Print the folder of lowbit.pc and exit."),
+        cmakedir: bool = typer.Option(
+            False, "--cmakedir", help="Print the folder of lowbit's CMake package and exit."
+        ),
+        pkgconfigdir: bool = typer.Option(
+            False, "--pkgconfigdir", help="Print the folder of lowbit.pc and exit."
+        ),
         debug: DebugOption = False,
     ) -> None:
         """Low-bit weights for language models."""
-        for given, option in ((version, "--version"), (cmakedir, "--cmakedir"), (pkgconfigdir, "--pkgconfigdir")):
+        for given, option in (
+            (version, "--version"),
+            (cmakedir, "--cmakedir"),
+            (pkgconfigdir, "--pkgconfigdir"),
+        ):
             if given:
                 raise ValueError(f"{option}: expected alone, without other arguments")
 

@@ -17,11 +17,17 @@ FORMATS = ("lowbit", "gptq", "gptq_v2")
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder of the model, or its name on the Hugging Face hub.", metavar="MODEL")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of the model, or its name on the Hugging Face hub.", metavar="MODEL")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8; 16 leaves the linear layers as they are.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale, a multiple of 16; -1: a whole row.")] = 128,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with stored zero points.")] = True,
+    group_size: Annotated[
+        int, typer.Option(help="Columns that share a scale, a multiple of 16; -1: a whole row.")
+    ] = 128,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Without or with stored zero points.")
+    ] = True,
     head_bits: Annotated[int, typer.Option(help="Bits of the output head; 16 leaves it.")] = 16,
     embed_bits: Annotated[int, typer.Option(help="Bits of the token embedding; 16 leaves it.")] = 16,
     rule: Annotated[
@@ -31,22 +37,36 @@ def quantize(
             "Repeatable; the first match decides."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="gptq, or rtn: round to nearest, without calibration.")
+    ] = "gptq",
     order: Annotated[str, typer.Option(help="Column order of the solver: none, act or gar.")] = "gar",
     damp: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.01,
-    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Search the clipping of every group.")] = False,
+    clip: Annotated[
+        bool, typer.Option("--clip/--no-clip", help="Search the clipping of every group.")
+    ] = False,
     scale_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
-    activations: Annotated[str, typer.Option(help="Of the quantized layers at run time: float or int8.")] = "float",
+    activations: Annotated[
+        str, typer.Option(help="Of the quantized layers at run time: float or int8.")
+    ] = "float",
     calibration: Annotated[
         list[str] | None,
-        typer.Option(help="Text file or folder of texts; repeatable. Default: source text of Python's library."),
+        typer.Option(
+            help="Text file or folder of texts; repeatable. Default: source text of Python's library."
+        ),
     ] = None,
-    context: Annotated[int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")] = 0,
+    context: Annotated[
+        int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")
+    ] = 0,
     samples: Annotated[int, typer.Option(min=0, help="Calibrate on so many windows; 0: the whole text.")] = 0,
     format: Annotated[str, typer.Option(help="lowbit; or gptq or gptq_v2, for other tools.")] = "lowbit",
-    text: Annotated[list[str] | None, typer.Option(help="Evaluate on this UTF-8 text file afterwards; repeatable.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Evaluate on this UTF-8 text file afterwards; repeatable.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html and report.json to OUT.")] = True,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html and report.json to OUT.")
+    ] = True,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
@@ -78,7 +98,9 @@ def quantize(
         scale_dtype=scale_dtype,
         activations=activations,
     )
-    data, source = _calibration(calibration) if recipe.needs_calibration else (None, "none (round to nearest)")
+    data, source = (
+        _calibration(calibration) if recipe.needs_calibration else (None, "none (round to nearest)")
+    )
     texts = read_texts(text) if text else []
     torch_options.set_threads(threads)
     terminal.line("doctor", doctor.summary(doctor.examine()))
@@ -136,16 +158,22 @@ def _calibration(paths: list[str] | None) -> tuple[Any, str]:
     )
 
 
-def _evaluate(terminal: Terminal, folder: Path, output: Path, tokenizer: Any, texts: list[str], dtype: str) -> dict[str, Any]:
+def _evaluate(
+    terminal: Terminal, folder: Path, output: Path, tokenizer: Any, texts: list[str], dtype: str
+) -> dict[str, Any]:
     from lowbit.cli import evaluate, torch_options
     from lowbit.evaluate import encode
 
     reference = torch_options.load_model(folder, dtype)
     quantized = torch_options.load_model(output, dtype)
-    return evaluate.measure(terminal, quantized, encode(tokenizer, texts), reference, context=0, max_windows=0)
+    return evaluate.measure(
+        terminal, quantized, encode(tokenizer, texts), reference, context=0, max_windows=0
+    )
 
 
-def _report(model: str, output: Path, result: Report, source: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+def _report(
+    model: str, output: Path, result: Report, source: str, evaluation: dict[str, Any] | None
+) -> dict[str, Any]:
     """The report as lowbit.report describes it."""
     import lowbit
 
@@ -174,13 +202,15 @@ def _report(model: str, output: Path, result: Report, source: str, evaluation: d
 def _summary(report: dict[str, Any], page: Path | None) -> str:
     from lowbit.report import human_bytes, human_figure
 
-    totals, evaluation = report["totals"], report["evaluation"]
-    parts = [f"{human_bytes(totals['bytes_before'])} → {human_bytes(totals['bytes_after'])} in {totals['seconds']:.1f} s"]
-    if evaluation:
+    totals, figures = report["totals"], report["evaluation"]
+    before, after = human_bytes(totals["bytes_before"]), human_bytes(totals["bytes_after"])
+    parts = [f"{before} → {after} in {totals['seconds']:.1f} s"]
+    if figures:
+        before, after = human_figure(figures["reference_perplexity"]), human_figure(figures["perplexity"])
         parts += [
-            f"perplexity {human_figure(evaluation['reference_perplexity'])} → {human_figure(evaluation['perplexity'])}",
-            f"KL {human_figure(evaluation['kl_divergence'])}",
-            f"{evaluation['reference_tokens_per_second']:.0f} → {evaluation['tokens_per_second']:.0f} tokens/s",
+            f"perplexity {before} → {after}",
+            f"KL {human_figure(figures['kl_divergence'])}",
+            f"{figures['reference_tokens_per_second']:.0f} → {figures['tokens_per_second']:.0f} tokens/s",
         ]
     fallbacks = sum(1 for row in report["modules"] if row["fallback"])
     if fallbacks:
@@ -201,7 +231,9 @@ class _Shown:
         if self._format != "lowbit":
             for module in plan.quantized:
                 if module.is_table:
-                    raise ValueError(f"{module.name}: format {self._format} holds linear layers only: leave it at 16 bits")
+                    raise ValueError(
+                        f"{module.name}: format {self._format} holds linear layers only: leave it at 16 bits"
+                    )
         self._terminal.line(
             "plan",
             f"{len(plan.quantized)} of {len(plan.modules)} matrices · {human_bytes(plan.parameter_bytes)} → "
@@ -245,7 +277,9 @@ class _Shown:
 
     def on_done(self, report: Report) -> None:
         for parameter in report.unpatched:
-            self._terminal.warn(f"{parameter['name']} {_shape(parameter['shape'])} is no matrix of a module: left as it is")
+            self._terminal.warn(
+                f"{parameter['name']} {_shape(parameter['shape'])} is no matrix of a module: left as it is"
+            )
 
 
 def _shape(shape: tuple[int, ...] | list[int]) -> str:

@@ -1,7 +1,8 @@
 """What every command prints with: labelled lines, tables and progress for people, JSON for programs.
 
-Without --json everything goes to stdout; with it stdout carries JSON alone and people read stderr. On a terminal
-there is colour and a live progress bar; in a pipe or a file the same lines come plain, without a single escape code.
+Without --json everything goes to stdout; with it stdout carries JSON alone and people read stderr. On a
+terminal there is colour and a live progress bar; in a pipe or a file the same lines come plain, without a
+single escape code.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as this process may use.")]
 DtypeOption = Annotated[
     str,
-    typer.Option(help="Type of activations and of unquantized weights: auto (as stored), float32, bfloat16, float16."),
+    typer.Option(
+        help="Type of activations and of unquantized weights: auto (as stored), float32, bfloat16, float16."
+    ),
 ]
 
 PLAIN_SECONDS = 5.0
@@ -56,7 +61,9 @@ class Terminal:
         sys.stdout.write(to_json(value, indent) + "\n")
         sys.stdout.flush()
 
-    def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
+    def table(
+        self, titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()
+    ) -> None:
         """A table whose rows are all known; columns named in `numbers` are right-aligned."""
         rows = [list(row) for row in rows]
         widths = [max(len(title), *(len(row[i]) for row in rows), 0) for i, title in enumerate(titles)]
@@ -64,14 +71,18 @@ class Terminal:
         for row in rows:
             stream.row(row)
 
-    def stream(self, titles: Sequence[str], widths: Sequence[int], numbers: Sequence[str] = ()) -> StreamTable:
+    def stream(
+        self, titles: Sequence[str], widths: Sequence[int], numbers: Sequence[str] = ()
+    ) -> StreamTable:
         """A table whose rows come one by one; prints its head now."""
-        return StreamTable(self, titles, [max(w, len(t)) for w, t in zip(widths, titles, strict=True)], numbers)
+        return StreamTable(
+            self, titles, [max(w, len(t)) for w, t in zip(widths, titles, strict=True)], numbers
+        )
 
     @contextmanager
     def progress(self, noun: str, lines: bool = True) -> Iterator[Progress]:
-        """`with terminal.progress("blocks") as p: p.update(done, total)`: a bar on a terminal; elsewhere, with
-        `lines`, a line every PLAIN_SECONDS and at the end."""
+        """`with terminal.progress("blocks") as p: p.update(done, total)`: a bar on a terminal; elsewhere,
+        with `lines`, a line every PLAIN_SECONDS and at the end."""
         progress = Progress(self, noun, lines)
         try:
             yield progress
@@ -80,7 +91,9 @@ class Terminal:
 
 
 class StreamTable:
-    def __init__(self, terminal: Terminal, titles: Sequence[str], widths: Sequence[int], numbers: Sequence[str]) -> None:
+    def __init__(
+        self, terminal: Terminal, titles: Sequence[str], widths: Sequence[int], numbers: Sequence[str]
+    ) -> None:
         self._terminal, self._widths = terminal, widths
         self._right = [title in numbers for title in titles]
         self.row(titles, style="dim")
@@ -130,7 +143,7 @@ class Progress:
 
 
 def human_time(seconds: float) -> str:
-    """"0:12", "1:02:03"."""
+    """Minutes and seconds, with hours where there are any: "0:12", "1:02:03"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -28,7 +28,8 @@ def set_threads(threads: int) -> None:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model: a path, or else the name of a repository on the Hugging Face hub, which is downloaded.
+    """The folder of a model: a path, or else the name of a repository on the Hugging Face hub, which is
+    downloaded.
 
     FileNotFoundError: neither.
     """
@@ -62,7 +63,9 @@ def load_float_model(folder: Path, dtype: str = "auto") -> torch.nn.Module:
 
     described, where = quantization_config(folder)
     if described is not None:
-        raise ValueError(f"{where}: expected a model that is not quantized, got {described.get('quant_method')!r}")
+        raise ValueError(
+            f"{where}: expected a model that is not quantized, got {described.get('quant_method')!r}"
+        )
     return load_model(folder, dtype)
 
 
