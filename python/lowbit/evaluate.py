@@ -98,7 +98,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
 
 
 def windows(token_ids: torch.Tensor, context: int) -> list[torch.Tensor]:
-    """Consecutive windows of `context` tokens, the last of at least two. ValueError: fewer than two tokens."""
+    """Consecutive windows of `context` tokens, the last of at least 2. ValueError: fewer than 2 tokens."""
     if context < 2:
         raise ValueError(f"context: expected at least 2 tokens, got {context}")
     if token_ids.ndim != 1 or token_ids.numel() < 2:
@@ -127,9 +127,7 @@ def evaluate(
     # The embedding would say "index out of range in self".
     vocabulary = getattr(_text_config(model), "vocab_size", None)
     if vocabulary is not None and token_ids.max() >= vocabulary:
-        raise ValueError(
-            f"token: expected an id below the vocabulary's {vocabulary}, got {int(token_ids.max())}"
-        )
+        raise ValueError(f"token: expected an id below the vocabulary's {vocabulary}, got {int(token_ids.max())}")
     was_training = [(m, m.training) for m in (model, reference) if m is not None]
     for module, _ in was_training:
         module.eval()
@@ -137,9 +135,7 @@ def evaluate(
         total = _Totals()
         for done, ids in enumerate(pieces, 1):
             logits, seconds = _forward(model, ids)
-            reference_logits, reference_seconds = (
-                _forward(reference, ids) if reference is not None else (None, 0.0)
-            )
+            reference_logits, reference_seconds = _forward(reference, ids) if reference is not None else (None, 0.0)
             total.add(ids.to(logits.device), logits, reference_logits)
             total.seconds += seconds
             total.reference_seconds += reference_seconds

@@ -14,27 +14,19 @@ def bench(
     format: Annotated[
         list[str] | None, typer.Option(help="int2, int3, int4, int8; repeatable. All by default.")
     ] = None,
-    verb: Annotated[
-        list[str] | None, typer.Option(help="matmul, gather; repeatable. Both by default.")
-    ] = None,
+    verb: Annotated[list[str] | None, typer.Option(help="matmul, gather; repeatable. Both by default.")] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens of a matmul, ids of a gather; repeatable.")
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Rows and columns (out and in features), as 4096x11008.")
-    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Rows and columns (out and in features), as 4096x11008.")] = None,
     group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1: the whole row.")] = 128,
     activations: Annotated[str, typer.Option(help="float (16-bit fixed point) or int8.")] = "float",
-    dtype: Annotated[
-        str, typer.Option(help="Type of inputs and outputs: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="Type of inputs and outputs: float32, bfloat16 or float16.")] = "float32",
     threads: ThreadsOption = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Smaller matrices and shorter runs: a first impression.")
     ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a row, one row a line, on stdout.")
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a row, one row a line, on stdout.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Time the kernels on this machine.
@@ -105,15 +97,11 @@ def bench(
             busy += row["busy"]
             progress.update(done, plan.rows())
     if busy:
-        terminal.warn(
-            f"{busy} of {plan.rows()} rows were timed while the machine was busy: do not compare them"
-        )
+        terminal.warn(f"{busy} of {plan.rows()} rows were timed while the machine was busy: do not compare them")
 
 
 def _busy(row: dict[str, Any]) -> str:
-    return (
-        f"busy: probes differ by {row['probe_spread']:.0%}, {row['contended_cpus']:.1f} CPUs lost to others"
-    )
+    return f"busy: probes differ by {row['probe_spread']:.0%}, {row['contended_cpus']:.1f} CPUs lost to others"
 
 
 def _parse_shape(text: str) -> tuple[int, int]:

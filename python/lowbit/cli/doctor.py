@@ -31,9 +31,7 @@ def _show(terminal: Terminal, facts: dict) -> None:
         "lowbit",
         f"{native.get('version', 'unknown version')} · Python {facts['python']} · {facts['platform']}",
     )
-    terminal.line(
-        "packages", " · ".join(f"{name} {version or 'not installed'}" for name, version in packages.items())
-    )
+    terminal.line("packages", " · ".join(f"{name} {version or 'not installed'}" for name, version in packages.items()))
     terminal.line("cpu", f"{facts['cpu']['model']} · {facts['cpu']['available']} CPUs for this process")
     if "error" not in native:
         terminal.line("features", native["cpu_features"] or "none that lowbit uses")
@@ -48,11 +46,7 @@ def _show(terminal: Terminal, facts: dict) -> None:
         terminal.print()
         terminal.table(
             ("verb", "format", "kernel"),
-            [
-                (verb, name, kernel)
-                for verb, chosen in native["kernels"].items()
-                for name, kernel in chosen.items()
-            ],
+            [(verb, name, kernel) for verb, chosen in native["kernels"].items() for name, kernel in chosen.items()],
         )
     for warning in facts["warnings"]:
         terminal.print()

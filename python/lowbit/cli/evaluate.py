@@ -11,18 +11,12 @@ from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of the model.", metavar="MODEL")],
-    against: Annotated[
-        str | None, typer.Option(help="Folder of the reference, usually the unquantized model.")
-    ] = None,
+    against: Annotated[str | None, typer.Option(help="Folder of the reference, usually the unquantized model.")] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="UTF-8 text file; repeatable. Default: Python library source.")
     ] = None,
-    context: Annotated[
-        int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")
-    ] = 0,
-    max_windows: Annotated[
-        int, typer.Option(min=0, help="Stop after so many windows; 0: the whole text.")
-    ] = 0,
+    context: Annotated[int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")] = 0,
+    max_windows: Annotated[int, typer.Option(min=0, help="Stop after so many windows; 0: the whole text.")] = 0,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
@@ -77,9 +71,7 @@ def measure(
     if max_windows:
         tokens = tokens[: context * max_windows]
     with terminal.progress("windows") as progress:
-        return evaluate_model(
-            model, tokens, reference=reference, context=context, progress=progress.update
-        ).to_dict()
+        return evaluate_model(model, tokens, reference=reference, context=context, progress=progress.update).to_dict()
 
 
 def show(terminal: Terminal, figures: dict[str, Any]) -> None:

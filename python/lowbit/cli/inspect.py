@@ -18,9 +18,7 @@ _GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def inspect(
-    path: Annotated[
-        str, typer.Argument(help="A model folder, or one .safetensors file in it.", metavar="MODEL")
-    ],
+    path: Annotated[str, typer.Argument(help="A model folder, or one .safetensors file in it.", metavar="MODEL")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with the manifest's SHA-256 first.")
     ] = False,
@@ -57,9 +55,7 @@ def inspect(
         terminal.line(
             name, f"{group['modules']} modules · {group['weights']:,} weights · {human_bytes(group['bytes'])}"
         )
-    terminal.line(
-        "other", f"{totals['other_tensors']} tensors (norms, biases) · {human_bytes(totals['other_bytes'])}"
-    )
+    terminal.line("other", f"{totals['other_tensors']} tensors (norms, biases) · {human_bytes(totals['other_bytes'])}")
     terminal.line(
         "total",
         f"{human_bytes(totals['bytes'])} · {totals['bits_per_weight']:.2f} bits/weight over all matrices",
@@ -95,9 +91,7 @@ def examine(path: Path) -> dict[str, Any]:
         elif part == "qweight":
             modules.append(_gptq_module(name, settings or {}, weights))
         elif (
-            part == "weight"
-            and len(weights.entry(tensor).shape) == 2
-            and weights.entry(tensor).dtype.is_floating_point
+            part == "weight" and len(weights.entry(tensor).shape) == 2 and weights.entry(tensor).dtype.is_floating_point
         ):
             modules.append(_float_module(name, weights))
         elif not (entry is not None and part.startswith("weight_")) and not (
@@ -107,9 +101,7 @@ def examine(path: Path) -> dict[str, Any]:
     known = {module["name"]: module for module in modules}
     for name, entry in entries.items():
         if entry.shared_with in known and name not in known:
-            modules.append(
-                {**known[entry.shared_with], "name": name, "bytes": 0, "shared_with": entry.shared_with}
-            )
+            modules.append({**known[entry.shared_with], "name": name, "bytes": 0, "shared_with": entry.shared_with})
     modules.sort(key=lambda module: _natural(module["name"]))
     return {
         "path": str(path),

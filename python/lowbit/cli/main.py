@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_folder(folder: str) -> int:
     path = Path(__file__).resolve().parents[1] / folder
     if not path.is_dir():
-        print(
-            f"error: {path}: not there; the C++ library is not installed with this package", file=sys.stderr
-        )
+        print(f"error: {path}: not there; the C++ library is not installed with this package", file=sys.stderr)
         return FAILURE
     print(path)
     return 0
@@ -141,12 +139,8 @@ def _app():
     @app.callback()
     def options(
         version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-        cmakedir: bool = typer.Option(
-            False, "--cmakedir", help="Print the folder of lowbit's CMake package and exit."
-        ),
-        pkgconfigdir: bool = typer.Option(
-            False, "--pkgconfigdir", help="Print the folder of lowbit.pc and exit."
-        ),
+        cmakedir: bool = typer.Option(False, "--cmakedir", help="Print the folder of lowbit's CMake package and exit."),
+        pkgconfigdir: bool = typer.Option(False, "--pkgconfigdir", help="Print the folder of lowbit.pc and exit."),
         debug: DebugOption = False,
     ) -> None:
         """Low-bit weights for language models."""

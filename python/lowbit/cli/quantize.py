@@ -33,31 +33,21 @@ def quantize(
     rule: Annotated[
         list[str] | None,
         typer.Option(
-            help="PATTERN=CHANGE, for modules whose name matches: 'embed_tokens=8', 'down_proj=8:g64', 'lm_head=skip'. "
-            "Repeatable; the first match decides."
+            help="PATTERN=CHANGE, for modules whose name matches: 'embed_tokens=8', 'down_proj=8:g64', "
+            "'lm_head=skip'. Repeatable; the first match decides."
         ),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="gptq, or rtn: round to nearest, without calibration.")
-    ] = "gptq",
+    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration.")] = "gptq",
     order: Annotated[str, typer.Option(help="Column order of the solver: none, act or gar.")] = "gar",
     damp: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.01,
-    clip: Annotated[
-        bool, typer.Option("--clip/--no-clip", help="Search the clipping of every group.")
-    ] = False,
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Search the clipping of every group.")] = False,
     scale_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
-    activations: Annotated[
-        str, typer.Option(help="Of the quantized layers at run time: float or int8.")
-    ] = "float",
+    activations: Annotated[str, typer.Option(help="Of the quantized layers at run time: float or int8.")] = "float",
     calibration: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Text file or folder of texts; repeatable. Default: source text of Python's library."
-        ),
+        typer.Option(help="Text file or folder of texts; repeatable. Default: source text of Python's library."),
     ] = None,
-    context: Annotated[
-        int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")
-    ] = 0,
+    context: Annotated[int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")] = 0,
     samples: Annotated[int, typer.Option(min=0, help="Calibrate on so many windows; 0: the whole text.")] = 0,
     format: Annotated[str, typer.Option(help="lowbit; or gptq or gptq_v2, for other tools.")] = "lowbit",
     text: Annotated[
@@ -98,9 +88,7 @@ def quantize(
         scale_dtype=scale_dtype,
         activations=activations,
     )
-    data, source = (
-        _calibration(calibration) if recipe.needs_calibration else (None, "none (round to nearest)")
-    )
+    data, source = _calibration(calibration) if recipe.needs_calibration else (None, "none (round to nearest)")
     texts = read_texts(text) if text else []
     torch_options.set_threads(threads)
     terminal.line("doctor", doctor.summary(doctor.examine()))
@@ -166,14 +154,10 @@ def _evaluate(
 
     reference = torch_options.load_model(folder, dtype)
     quantized = torch_options.load_model(output, dtype)
-    return evaluate.measure(
-        terminal, quantized, encode(tokenizer, texts), reference, context=0, max_windows=0
-    )
+    return evaluate.measure(terminal, quantized, encode(tokenizer, texts), reference, context=0, max_windows=0)
 
 
-def _report(
-    model: str, output: Path, result: Report, source: str, evaluation: dict[str, Any] | None
-) -> dict[str, Any]:
+def _report(model: str, output: Path, result: Report, source: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
     """The report as lowbit.report describes it."""
     import lowbit
 

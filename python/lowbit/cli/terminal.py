@@ -15,16 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as this process may use.")]
 DtypeOption = Annotated[
     str,
-    typer.Option(
-        help="Type of activations and of unquantized weights: auto (as stored), float32, bfloat16, float16."
-    ),
+    typer.Option(help="Type of activations and of unquantized weights: auto (as stored), float32, bfloat16, float16."),
 ]
 
 PLAIN_SECONDS = 5.0
@@ -61,9 +57,7 @@ class Terminal:
         sys.stdout.write(to_json(value, indent) + "\n")
         sys.stdout.flush()
 
-    def table(
-        self, titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()
-    ) -> None:
+    def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
         """A table whose rows are all known; columns named in `numbers` are right-aligned."""
         rows = [list(row) for row in rows]
         widths = [max(len(title), *(len(row[i]) for row in rows), 0) for i, title in enumerate(titles)]
@@ -71,13 +65,9 @@ class Terminal:
         for row in rows:
             stream.row(row)
 
-    def stream(
-        self, titles: Sequence[str], widths: Sequence[int], numbers: Sequence[str] = ()
-    ) -> StreamTable:
+    def stream(self, titles: Sequence[str], widths: Sequence[int], numbers: Sequence[str] = ()) -> StreamTable:
         """A table whose rows come one by one; prints its head now."""
-        return StreamTable(
-            self, titles, [max(w, len(t)) for w, t in zip(widths, titles, strict=True)], numbers
-        )
+        return StreamTable(self, titles, [max(w, len(t)) for w, t in zip(widths, titles, strict=True)], numbers)
 
     @contextmanager
     def progress(self, noun: str, lines: bool = True) -> Iterator[Progress]:

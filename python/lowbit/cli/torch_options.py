@@ -1,4 +1,4 @@
-"""What several commands need of torch and transformers: options turned into dtypes, threads and loaded models."""
+"""What several commands need of torch and transformers: dtypes, threads and models from options."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def load_float_model(folder: Path, dtype: str = "auto") -> torch.nn.Module:
 
     described, where = quantization_config(folder)
     if described is not None:
-        raise ValueError(
-            f"{where}: expected a model that is not quantized, got {described.get('quant_method')!r}"
-        )
+        raise ValueError(f"{where}: expected a model that is not quantized, got {described.get('quant_method')!r}")
     return load_model(folder, dtype)
 
 
