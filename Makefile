@@ -1,17 +1,102 @@
-# make demo | make test | make dev | make format | make bench — each does its own set-up.
-VENV ?= .venv
-PY   ?= $(VENV)/bin/python
-JOBS ?= $(shell nproc)
+# make demo | make test | make dev ... Each does its own set-up on a machine that has python3 (with venv), g++ and make:
+# the environment .venv, torch first, then everything else that pyproject.toml names (cmake and ninja among it).
+# With PY=/path/to/python that environment is used as it is, and nothing is installed into it.
+VENV   ?= .venv
+PYTHON ?= python3
+PY     ?= $(VENV)/bin/python
+TORCH  ?= torch==2.13.0
+JOBS   ?= $(shell nproc)
+PEERS  ?= $(PY)
+MODEL  ?= tests/data/tiny-llama-code
 
-.PHONY: dev
-dev: $(PY)  ## build the library and the extension in place, under python/lowbit
-	$(PY) -m cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(PY)) \
-	  -DCMAKE_MAKE_PROGRAM=$(abspath $(dir $(PY)))/ninja -DLOWBIT_TESTS=ON --log-level=NOTICE
-	$(PY) -m cmake --build build/dev -j $(JOBS)
-	$(PY) -m cmake --install build/dev --prefix python > /dev/null
+# The wheel, unpacked: what the tests and the demonstration run.
+SITE   := build/site
+LOWBIT := PYTHONPATH=$(SITE) $(PY) -m lowbit
 
-PEERS ?= $(PY)
+export PATH := $(abspath $(dir $(PY))):$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: bench
+ifeq ($(PY),$(VENV)/bin/python)
+READY := $(VENV)/ready
+endif
+
+CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.hpp' '*.c' '*.cu' '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-cpp test-asan test-tsan test-python dev wheel site bench lint format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## the environment .venv, up to date with pyproject.toml
+
+$(VENV)/ready: pyproject.toml
+	@echo "== set-up: $(VENV)"
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -c 'import torch' 2> /dev/null || $(VENV)/bin/python -m pip install --quiet '$(TORCH)'
+	$(VENV)/bin/python -m pip install --quiet scikit-build-core
+	$(VENV)/bin/python -m scikit_build_core build project-table | $(VENV)/bin/python -c 'import json, sys; \
+	  project = json.load(sys.stdin); extras = project["optional-dependencies"].values(); \
+	  print(*project["dependencies"], *sum(extras, []), sep="\n")' > $(VENV)/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet -r $(VENV)/requirements.txt
+	touch $@
+
+demo: TESTS := OFF
+demo: site  ## quantize a small real model to 4 bits, look at it, compare it, let it write
+	@echo "== quantize $(MODEL) to 4 bits"
+	rm -rf build/demo
+	$(LOWBIT) quantize $(MODEL) -o build/demo --bits 4 --group-size 128
+	@echo "== what the new folder holds"
+	$(LOWBIT) inspect build/demo
+	@echo "== the new model against the old one"
+	$(LOWBIT) eval build/demo --against $(MODEL)
+	@echo "== what it writes"
+	$(LOWBIT) generate build/demo "def "
+
+test: lint-python test-cpp test-asan test-python  ## everything: lint, C++ tests plain and sanitized, the wheel, pytest
+
+test-cpp: wheel  ## the C++ tests, on the library of the wheel
+	ctest --test-dir build/wheel --output-on-failure --no-tests=error
+
+test-asan: $(READY)  ## the C++ tests under the address and undefined-behaviour sanitizers
+	cmake --workflow --preset asan
+
+test-tsan: $(READY)  ## the C++ tests under the thread sanitizer
+	cmake --workflow --preset tsan
+
+test-python: site  ## pytest on the wheel
+	PYTHONPATH=$(SITE) $(PY) -m pytest $(PYTEST_ARGS)
+
+dev: $(READY)  ## build the library and the extension in place, under python/lowbit
+	cmake --preset dev -DPython_EXECUTABLE=$(abspath $(PY)) --log-level=NOTICE
+	cmake --build --preset dev
+	cmake --install build/dev --prefix python > /dev/null
+
+wheel: TESTS ?= ON
+wheel: $(READY)  ## dist/lowbit-*.whl
+	rm -rf dist
+	$(PY) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist \
+	  --config-settings build-dir=build/wheel --config-settings cmake.define.LOWBIT_TESTS=$(TESTS)
+
+site: wheel
+	rm -rf $(SITE)
+	$(PY) -m pip install --quiet --no-deps --target $(SITE) dist/lowbit-*.whl
+
 bench: dev  ## lowbit beside every peer installed in PEERS, an interpreter; results to bench/results and README.md
 	$(PY) bench/run.py --python $(PEERS) --write README.md
+
+.PHONY: lint-python
+lint-python: $(READY)
+	ruff check python tests bench
+
+lint: lint-python  ## ruff, and whether `make format` would change anything
+	ruff format --check python tests bench
+	clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(READY)  ## clang-format and ruff format, the versions pyproject.toml pins
+	clang-format -i $(CXX_FILES)
+	ruff format python tests bench
+
+clean:  ## remove everything built; .venv stays
+	rm -rf build dist python/lowbit/lib python/lowbit/include python/lowbit/_C*.so

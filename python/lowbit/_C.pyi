@@ -1,0 +1,107 @@
+"""The C API of lowbit.h over raw addresses. Use `lowbit.PackedMatrix`.
+
+An address is an int (a tensor's data_ptr(); 0 where lowbit.h allows NULL), a dtype one of the constants below, a format
+its width in bits, a stride a number of elements. Nothing here checks that an address is valid. Failures are ValueError,
+IndexError (an id, row or code out of range), NotImplementedError (what this build or machine cannot do), MemoryError
+and ArithmeticError (data that the solver cannot go on with).
+"""
+
+__version__: str
+compiler: str
+
+F32: int
+F16: int
+BF16: int
+I32: int
+I64: int
+
+class Buffer:
+    """Zeroed memory, 64-byte aligned and on huge pages where the system gives them, behind the buffer protocol."""
+
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Matrix:
+    """A view of a matrix: addresses and shapes. Whoever makes one keeps the memory alive."""
+
+    def __init__(
+        self,
+        format: int,
+        rows: int,
+        cols: int,
+        group_size: int,
+        codes: int,
+        scales: int,
+        scale_dtype: int,
+        scale_rows: int,
+        scale_cols: int,
+        zeros: int,
+        perm: int,
+    ) -> None: ...
+    def check(self, values: bool) -> None: ...
+    def pack_codes(self, codes: int, out: int) -> None: ...
+    def unpack_codes(self, begin: int, end: int, out: int) -> None: ...
+    def unpack(self, begin: int, end: int, out: int, dtype: int, stride: int) -> None: ...
+    def matmul(
+        self,
+        x: int,
+        dtype: int,
+        tokens: int,
+        x_stride: int,
+        bias: int,
+        bias_dtype: int,
+        y: int,
+        y_stride: int,
+        activations: int,
+    ) -> None: ...
+    def gather(
+        self, ids: int, id_dtype: int, count: int, policy: int, out: int, out_dtype: int, out_stride: int
+    ) -> None: ...
+
+def row_lines(format: int, cols: int) -> int: ...
+def pack_float(
+    format: int,
+    rows: int,
+    cols: int,
+    group_size: int,
+    src: int,
+    src_dtype: int,
+    src_stride: int,
+    scale_dtype: int,
+    clip: bool,
+    codes: int,
+    scales: int,
+    zeros: int,
+) -> None: ...
+def gptq_solve(
+    format: int,
+    rows: int,
+    cols: int,
+    group_size: int,
+    symmetric: bool,
+    clip: bool,
+    static_grids: bool,
+    scale_dtype: int,
+    block_size: int,
+    weight: int,
+    factor: int,
+    group_index: int,
+    codes: int,
+    scales: int,
+    zeros: int,
+    loss: int,
+) -> None: ...
+def gptq_read_weight(bits: int, rows: int, cols: int, qweight: int, codes: int) -> None: ...
+def gptq_write_weight(bits: int, rows: int, cols: int, codes: int, qweight: int) -> None: ...
+def gptq_read_zeros(bits: int, version: int, rows: int, groups: int, qzeros: int, zeros: int) -> None: ...
+def gptq_write_zeros(bits: int, version: int, rows: int, groups: int, zeros: int, qzeros: int) -> None: ...
+def cpu_features() -> str: ...
+def isa() -> str: ...
+def set_isa(isa: str) -> None: ...
+def kernels() -> list[tuple[str, bool]]: ...
+def selected_kernel(verb: str, format: int) -> str: ...
+def last_kernel(verb: str) -> str: ...
+def set_threads(threads: int) -> None: ...
+def threads() -> int: ...
+def executor() -> str: ...
+def read_bandwidth(bytes: int, threads: int) -> float: ...
