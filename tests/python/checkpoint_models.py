@@ -3,21 +3,27 @@
 import hashlib
 from pathlib import Path
 
+import lowbit
 import torch
 import transformers
-
-import lowbit
 from lowbit import models
 
 
 def llama(tie=True, dtype=torch.float32, vocab_size=256, **changes):
     return build(
         transformers.LlamaConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=vocab_size, max_position_embeddings=128, tie_word_embeddings=tie, **changes,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=vocab_size,
+            max_position_embeddings=128,
+            tie_word_embeddings=tie,
+            **changes,
         ),
         dtype,
-    )  # fmt: skip
+    )
 
 
 def build(config, dtype=torch.float32):

@@ -3,13 +3,12 @@
 import json
 import re
 
+import lowbit
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from checkpoint_models import act_order, build, digests, linears, llama, logits, pack
-
-import lowbit
 from lowbit import models
 from lowbit.checkpoint import native
 from lowbit.checkpoint.gptq import Settings
@@ -51,7 +50,9 @@ def plain_dequantize(tensors, bits, version):
     return torch.tensor([[scales[g][n] * (q[n][k] - z[g][n]) for k, g in enumerate(g_idx)] for n in range(rows)])
 
 
-def write_folder(folder, model, matrices, quantization_config, name="model.safetensors", extra=(), omit=(), legacy=False):
+def write_folder(
+    folder, model, matrices, quantization_config, name="model.safetensors", extra=(), omit=(), legacy=False
+):
     """A GPTQ folder made by hand: the tensors given for some modules, the model's own floats for the rest."""
     folder.mkdir(exist_ok=True)
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -81,9 +82,13 @@ def random_model(bits, group_size, symmetric, permuted, lowest_zero=0):
         matrix = act_order(*weight.shape, f"int{bits}", group_size, symmetric, seed)
         zeros = None if matrix.zeros is None else matrix.zeros.clamp(min=lowest_zero)
         matrices[name] = lowbit.PackedMatrix.from_codes(
-            matrix.unpack_codes(), matrix.scales, zeros, matrix.perm if permuted else None,
-            format=matrix.format, group_size=group_size,
-        )  # fmt: skip
+            matrix.unpack_codes(),
+            matrix.scales,
+            zeros,
+            matrix.perm if permuted else None,
+            format=matrix.format,
+            group_size=group_size,
+        )
     models.patch(model, matrices)
     return model
 
@@ -160,8 +165,17 @@ def test_the_configuration_says_what_others_need(tmp_path):
     lowbit.save(model, tmp_path, format="gptq")
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "quantize_config.json").read_text())
-    expected = {"bits": 4, "group_size": 32, "desc_act": True, "sym": True, "lm_head": False, "quant_method": "gptq",
-                "format": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32"}  # fmt: skip
+    expected = {
+        "bits": 4,
+        "group_size": 32,
+        "desc_act": True,
+        "sym": True,
+        "lm_head": False,
+        "quant_method": "gptq",
+        "format": "gptq",
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+    }
     assert {key: config[key] for key in expected} == expected
     assert config["meta"]["quantizer"][0].startswith("lowbit:")
 
@@ -176,8 +190,10 @@ def test_the_configuration_says_what_others_need(tmp_path):
         assert rule(f"{layer}.{name}")[0].startswith("-:")
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.up_proj", f"{layer}.mlp.down_proj", "lm_head"):
         assert rule(name) is None
-    assert torch.equal(lowbit.load(tmp_path).get_submodule(f"{layer}.mlp.down_proj").packed.unpack(),
-                       matrices[f"{layer}.mlp.down_proj"].unpack())  # fmt: skip
+    assert torch.equal(
+        lowbit.load(tmp_path).get_submodule(f"{layer}.mlp.down_proj").packed.unpack(),
+        matrices[f"{layer}.mlp.down_proj"].unpack(),
+    )
 
 
 DOWN = "model.layers.0.mlp.down_proj"  # 64 x 128
@@ -215,7 +231,12 @@ def check_down(folder, expected):
 @pytest.mark.parametrize("version", [1, 2])
 def test_files_packed_in_plain_python_are_read(version, bits, tmp_path):
     codes, zeros, scales, tensors = one_module(bits, version=version)
-    config = {"bits": bits, "group_size": 32, "desc_act": False, "checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
+    config = {
+        "bits": bits,
+        "group_size": 32,
+        "desc_act": False,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+    }
     write_folder(tmp_path, llama(), {DOWN: tensors}, config)
     module = check_down(tmp_path, dequantized(codes, zeros, scales, torch.arange(128) // 32))
     assert torch.equal(module.packed.unpack_codes(), codes) and torch.equal(module.packed.zeros, zeros)
@@ -237,7 +258,9 @@ def test_groups_of_unequal_size_are_refused(tmp_path):
     tensors = one_module()[3]
     tensors["g_idx"] = torch.zeros(128, dtype=torch.int32)
     write_folder(tmp_path, llama(), {DOWN: tensors}, {"bits": 4, "group_size": 32, "format": "gptq_v2"})
-    with pytest.raises(ValueError, match=rf"model.safetensors: {re.escape(DOWN)}: g_idx: expected 32 columns in group 0, got 128"):
+    with pytest.raises(
+        ValueError, match=rf"model.safetensors: {re.escape(DOWN)}: g_idx: expected 32 columns in group 0, got 128"
+    ):
         lowbit.load(tmp_path)
 
 
@@ -253,7 +276,7 @@ def test_legacy_names_synonyms_no_g_idx_and_other_scale_dtypes(tmp_path, scale_d
 
 
 def test_a_bias_that_the_model_lacks(tmp_path):
-    codes, zeros, scales, tensors = one_module()
+    tensors = one_module()[3]
     config = {"bits": 4, "group_size": 32, "format": "gptq_v2"}
     write_folder(tmp_path, llama(), {DOWN: {**tensors, "bias": torch.zeros(64, dtype=torch.float16)}}, config)
     assert lowbit.load(tmp_path).get_submodule(DOWN).bias is None
@@ -313,9 +336,10 @@ def test_a_quantized_embedding_is_read_as_the_table_it_stands_for(tmp_path):
 
 def test_dynamic_rules_choose_by_the_first_match():
     described = {
-        "bits": 4, "group_size": 128,
+        "bits": 4,
+        "group_size": 128,
         "dynamic": {"-:lm_head": {}, "+:.*\\.0\\..*down": {"bits": 8, "q_group_size": 32}, ".*down": {"bits": 2}},
-    }  # fmt: skip
+    }
     settings = Settings(described, "here")
     assert settings.of("model.layers.0.mlp.down_proj") == (8, 32)
     assert settings.of("model.layers.1.mlp.down_proj") == (2, 128)
@@ -328,7 +352,12 @@ def test_dynamic_rules_choose_by_the_first_match():
 
 def test_dynamic_rules_of_a_file_apply(tmp_path):
     codes, zeros, scales, tensors = one_module(8)
-    config = {"bits": 4, "group_size": 128, "format": "gptq_v2", "dynamic": {r"+:.*\.down_proj": {"bits": 8, "group_size": 32}}}
+    config = {
+        "bits": 4,
+        "group_size": 128,
+        "format": "gptq_v2",
+        "dynamic": {r"+:.*\.down_proj": {"bits": 8, "group_size": 32}},
+    }
     write_folder(tmp_path, llama(), {DOWN: tensors}, config)
     check_down(tmp_path, dequantized(codes, zeros, scales, torch.arange(128) // 32))
 
@@ -397,11 +426,13 @@ def test_a_module_that_the_model_lacks_or_of_another_shape_is_refused(tmp_path):
 def test_what_the_format_cannot_hold_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="found none"):
         lowbit.save(llama(), tmp_path, format="gptq")
-    with pytest.raises(ValueError, match="model.embed_tokens: GPTQ checkpoints hold linear layers"):
+    with pytest.raises(ValueError, match=r"model.embed_tokens: GPTQ checkpoints hold linear layers"):
         lowbit.save(pack(llama(), table="int8"), tmp_path, format="gptq")
     model = llama(tie=False, vocab_size=257)
     models.patch(model, {"lm_head": lowbit.PackedMatrix.from_float(model.lm_head.weight, "int4")})
-    with pytest.raises(ValueError, match="lm_head: out_features: expected a multiple of 32 in a GPTQ checkpoint, got 257"):
+    with pytest.raises(
+        ValueError, match="lm_head: out_features: expected a multiple of 32 in a GPTQ checkpoint, got 257"
+    ):
         lowbit.save(model, tmp_path, format="gptq_v2")
     model = random_model(4, 32, symmetric=False, permuted=False)
     with pytest.raises(ValueError, match=r"self_attn.q_proj: zeros\[.*write gptq_v2"):

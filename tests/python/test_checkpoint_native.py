@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 
+import lowbit
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from checkpoint_models import act_order, build, digests, llama, logits, pack
-
-import lowbit
 from lowbit import checkpoint, models
 from lowbit.checkpoint import native
 from lowbit.checkpoint.safetensors_map import SafetensorsFile, Weights, serialize
@@ -25,20 +24,31 @@ def gpt2():
 def gemma3():
     return build(
         transformers.Gemma3TextConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=16, vocab_size=257, max_position_embeddings=128,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=257,
+            max_position_embeddings=128,
         ),
         torch.bfloat16,
-    )  # fmt: skip
+    )
 
 
 def qwen2():
     return build(
         transformers.Qwen2Config(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=257, max_position_embeddings=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=257,
+            max_position_embeddings=128,
         )
-    )  # fmt: skip
+    )
 
 
 MODELS = {
@@ -69,7 +79,7 @@ def test_saved_and_loaded_is_the_same_model_and_the_same_bytes(make, tmp_path):
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_transformers_loads_and_saves_it(make, tmp_path):
-    import lowbit.integrations.transformers  # noqa: F401
+    import lowbit.integrations.transformers
 
     model = make()
     expected = logits(model)
@@ -169,7 +179,9 @@ def test_shards_hold_the_same_model(tmp_path):
     shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(Weights(tmp_path / "one")) and set(index["weight_map"].values()) == set(shards)
+    assert set(index["weight_map"]) == set(Weights(tmp_path / "one")) and set(index["weight_map"].values()) == set(
+        shards
+    )
     homes = {name.rpartition(".")[0]: set() for name in index["weight_map"]}
     for name, shard in index["weight_map"].items():
         homes[name.rpartition(".")[0]].add(shard)
@@ -334,9 +346,14 @@ def big_model(tmp_path_factory):
     """200 MB of random codes in 24 matrices, which no float model stood behind."""
     folder = tmp_path_factory.mktemp("big")
     config = transformers.LlamaConfig(
-        hidden_size=1024, intermediate_size=6144, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4,
-        vocab_size=256, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=1024,
+        intermediate_size=6144,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=256,
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
     matrices = {}
@@ -362,8 +379,10 @@ def test_peak_memory_of_loading_is_the_packed_model(big_model, tmp_path, in_memo
     assert size > 160e6
     result = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), str(big_model), str(in_memory)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     while_loading, once_used = map(int, result.stdout.split())
     assert once_used < 1.1 * size
     if in_memory:

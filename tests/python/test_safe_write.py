@@ -8,11 +8,22 @@ import os
 import signal
 
 import pytest
-
 from lowbit.checkpoint import safe_write
-from lowbit.checkpoint.safe_write import COMMIT, MANIFEST, finish_interrupted, read_manifest, verify, write_file, write_files
+from lowbit.checkpoint.safe_write import (
+    COMMIT,
+    MANIFEST,
+    finish_interrupted,
+    read_manifest,
+    verify,
+    write_file,
+    write_files,
+)
 
-OLD = {"config.json": b"old config", "model-00001-of-00002.safetensors": b"old a", "model-00002-of-00002.safetensors": b"old b"}
+OLD = {
+    "config.json": b"old config",
+    "model-00001-of-00002.safetensors": b"old a",
+    "model-00002-of-00002.safetensors": b"old b",
+}
 NEW = {"config.json": b"new config", "model.safetensors": b"new weights" * 1000}
 STALE = [name for name in OLD if name not in NEW]
 
@@ -193,7 +204,7 @@ def test_names_of_the_save_itself_and_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="written by the save itself"):
         write_files(tmp_path, {MANIFEST: b""})
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(IsADirectoryError, match="config.json"):
+    with pytest.raises(IsADirectoryError, match=r"config.json"):
         write_files(tmp_path, NEW)
     assert os.listdir(tmp_path) == ["config.json"]
 
@@ -216,7 +227,9 @@ def test_a_damaged_commit_record_is_an_error(tmp_path, record, message):
     assert os.listdir(tmp_path) == [COMMIT]
 
 
-@pytest.mark.parametrize("text", ["[]", '{"files": 1}', '{"files": {"a": 1}}', '{"files": {"../a": {}}}', '{"files": {}, "files": {}}'])
+@pytest.mark.parametrize(
+    "text", ["[]", '{"files": 1}', '{"files": {"a": 1}}', '{"files": {"../a": {}}}', '{"files": {}, "files": {}}']
+)
 def test_a_damaged_manifest_is_an_error(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(ValueError, match=MANIFEST):

@@ -23,10 +23,21 @@ FORMATS = ("lowbit", "gptq", "gptq_v2")
 
 # Files of a model's folder that travel with it when it is saved elsewhere.
 _COMPANIONS = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 _WEIGHT_FILES = re.compile(
     r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|quantize_config\.json"
     r"|gptq_model-\d+bit-.*g\.safetensors"
@@ -35,7 +46,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, 
 
 
 def load(path: str | os.PathLike, *, in_memory: bool | None = None):
-    """The Transformers model in a folder, on the CPU, in evaluation mode, with packed modules where the files hold them.
+    """The Transformers model in a folder, on the CPU, in evaluation mode; modules are packed where the files are so.
 
     The weights are mapped and used where they lie, so the model appears at once and other processes share its pages.
     in_memory: True copies codes, a matrix at a time, to anonymous memory with huge pages, which decode-bound kernels

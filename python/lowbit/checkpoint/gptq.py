@@ -77,7 +77,9 @@ class Settings:
         self.where = where
         self.format = values.get("checkpoint_format", values.get("format")) or "gptq"
         if self.format not in _VERSIONS:
-            raise NotImplementedError(f"{where}: checkpoint_format: expected {', '.join(_VERSIONS)}, got {self.format!r}")
+            raise NotImplementedError(
+                f"{where}: checkpoint_format: expected {', '.join(_VERSIONS)}, got {self.format!r}"
+            )
         if values.get("pack_dtype", "int32") != "int32":
             raise NotImplementedError(f"{where}: pack_dtype: expected 'int32', got {values['pack_dtype']!r}")
         self.version = _VERSIONS[self.format]
@@ -127,12 +129,14 @@ def _read_module(name: str, weights: Weights, config: Settings) -> PackedMatrix:
         raise ValueError("expected either qweight or weight, found both")
     bits, group_size = config.of(name)
     qweight, qzeros, scales = (weights[f"{name}.{part}"] for part in PARTS[:3])
-    g_idx = weights[f"{name}.g_idx"] if f"{name}.g_idx" in weights else None
+    g_idx = weights.get(f"{name}.g_idx")
     if config.format == "gptq_p" and bits == 3:
         qweight, qzeros = _contiguous3(qweight, 0, "qweight"), _contiguous3(qzeros, 1, "qzeros")
     if qweight.ndim == 2:
         group_size = min(group_size, qweight.shape[0] * 32 // bits)
-    return PackedMatrix.from_gptq(qweight, qzeros, scales, g_idx, bits=bits, group_size=group_size, version=config.version)
+    return PackedMatrix.from_gptq(
+        qweight, qzeros, scales, g_idx, bits=bits, group_size=group_size, version=config.version
+    )
 
 
 def _contiguous3(planar: torch.Tensor, dim: int, name: str) -> torch.Tensor:
@@ -172,8 +176,10 @@ def describe(model: torch.nn.Module, version: int) -> tuple[dict, dict[str, torc
     matrices = {}
     for name, module, matrix in packed_modules(model):
         if isinstance(module, nn.Embedding):
-            raise ValueError(f"{name}: GPTQ checkpoints hold linear layers: expected a float embedding, got {matrix}; "
-                             "save in the lowbit format, or load a float table into it")  # fmt: skip
+            raise ValueError(
+                f"{name}: GPTQ checkpoints hold linear layers: expected a float embedding, got {matrix}; "
+                "save in the lowbit format, or load a float table into it"
+            )
         for part in ("weight", "weight_scale", "weight_zero", "weight_perm"):
             tensors.pop(f"{name}.{part}", None)
         try:

@@ -73,8 +73,10 @@ def parse_entries(quantization_config: Mapping, where: str) -> dict[str, ModuleE
     for name, entry in entries.items():
         source = entries.get(entry.shared_with)
         if entry.shared_with is not None and (source is None or source.shared_with is not None):
-            raise ValueError(f"{where}: modules: {name}: shared_with: expected a module that owns its tensors, "
-                             f"got {entry.shared_with!r}")  # fmt: skip
+            raise ValueError(
+                f"{where}: modules: {name}: shared_with: expected a module that owns its tensors, "
+                f"got {entry.shared_with!r}"
+            )
     return entries
 
 
@@ -115,8 +117,9 @@ def read_packed(weights: Weights, quantization_config: Mapping, where: str, in_m
     }
     _refuse_strays(weights, set(packed))
     if in_memory is None:
-        in_memory = _copying_pays(sum(weights.entry(f"{name}.weight").end - weights.entry(f"{name}.weight").begin
-                                      for name in packed))  # fmt: skip
+        in_memory = _copying_pays(
+            sum(weights.entry(f"{name}.weight").end - weights.entry(f"{name}.weight").begin for name in packed)
+        )
     matrices = {name: _read_matrix(name, entries[name], weights, in_memory) for name in packed}
     own = {f"{name}.{part}" for name in packed for part in PARTS}
     tensors = {name: weights[name] for name in weights if name not in own}
@@ -151,7 +154,9 @@ def _shares_nothing(name: str, source: str, weights: Weights) -> bool:
         return False
     if own == ["weight"] and weights.entry(f"{name}.weight").dtype.is_floating_point:
         return True
-    raise ValueError(f"{name}: expected no tensors (it shares those of {source}) or a float weight, found {', '.join(own)}")
+    raise ValueError(
+        f"{name}: expected no tensors (it shares those of {source}) or a float weight, found {', '.join(own)}"
+    )
 
 
 def _refuse_strays(weights: Weights, packed: set[str]) -> None:
@@ -171,22 +176,33 @@ def _check_metadata(weights: Weights, entries: dict[str, ModuleEntry]) -> None:
             if name not in entries:
                 raise ValueError(f"{where}: {name}: expected the modules of config.json, which has no such entry")
             if entry != entries[name]:
-                raise ValueError(f"{where}: {name}: expected {entries[name].to_dict()} as in config.json, got {entry.to_dict()}")
+                raise ValueError(
+                    f"{where}: {name}: expected {entries[name].to_dict()} as in config.json, got {entry.to_dict()}"
+                )
 
 
 def _read_matrix(name: str, entry: ModuleEntry, weights: Weights, in_memory: bool) -> PackedMatrix:
     codes, scales = weights[f"{name}.weight"], weights[f"{name}.weight_scale"]
-    zeros, perm = (weights[f"{name}.{part}"] if f"{name}.{part}" in weights else None for part in PARTS[2:])
+    zeros, perm = (weights.get(f"{name}.{part}") for part in PARTS[2:])
     try:
-        matrix = PackedMatrix(codes, scales, zeros, perm, format=entry.format, cols=entry.cols,
-                              group_size=entry.group_size)  # fmt: skip
+        matrix = PackedMatrix(
+            codes, scales, zeros, perm, format=entry.format, cols=entry.cols, group_size=entry.group_size
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{weights.path(f'{name}.weight')}: {name}: {error}") from None
     if in_memory or codes.data_ptr() % ALIGNMENT:
         resident = empty_codes(codes.shape[0], codes.shape[1])
         resident.copy_(codes)
-        matrix = PackedMatrix(resident, scales, zeros, perm, format=entry.format, cols=entry.cols,
-                              group_size=entry.group_size, validate=False)  # fmt: skip
+        matrix = PackedMatrix(
+            resident,
+            scales,
+            zeros,
+            perm,
+            format=entry.format,
+            cols=entry.cols,
+            group_size=entry.group_size,
+            validate=False,
+        )
         weights.drop(f"{name}.weight")
     return matrix
 
@@ -229,14 +245,20 @@ def describe(model: torch.nn.Module) -> tuple[dict, dict[str, torch.Tensor]]:
     for name, module, matrix in packed_modules(model):
         kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
         owner = owners.setdefault((matrix.codes.data_ptr(), matrix.scales.data_ptr(), matrix.shape), name)
-        entry = ModuleEntry(matrix.format, matrix.cols, matrix.group_size, getattr(module, "activations", "float"),
-                            kind, None if owner == name else owner)  # fmt: skip
+        entry = ModuleEntry(
+            matrix.format,
+            matrix.cols,
+            matrix.group_size,
+            getattr(module, "activations", "float"),
+            kind,
+            None if owner == name else owner,
+        )
         modules[name] = entry
         for part in PARTS:
             tensors.pop(f"{name}.{part}", None)
         if owner == name:
             tensors.update(named_parts(name, matrix))
-    for target, source in split_ties(model)[0].items():
+    for target in split_ties(model)[0]:
         tensors.pop(target, None)
     return quantization_config(modules), tensors
 
@@ -272,5 +294,17 @@ def file_metadata(quantization_config: Mapping, names: set[str]) -> dict[str, st
     return {"format": "pt", METADATA_KEY: json.dumps(described, sort_keys=True, separators=(",", ":"))}
 
 
-__all__ = ["FORMAT_VERSION", "ModuleEntry", "PackedWeights", "QUANT_METHOD", "describe", "file_metadata",
-           "named_parts", "packed_modules", "parse_entries", "quantization_config", "read_packed", "split_ties"]  # fmt: skip
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "ModuleEntry",
+    "PackedWeights",
+    "describe",
+    "file_metadata",
+    "named_parts",
+    "packed_modules",
+    "parse_entries",
+    "quantization_config",
+    "read_packed",
+    "split_ties",
+]

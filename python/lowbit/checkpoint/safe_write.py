@@ -71,7 +71,7 @@ def write_files(folder: str | os.PathLike, files: Mapping[str, Content], stale: 
         partials = [_partial_name(folder, name, save_id) for name in names]
         entries = {}
         with _removing_on_error([*partials, _partial_name(folder, COMMIT, save_id)]):
-            for name, partial in zip(files, partials):
+            for name, partial in zip(names[:-1], partials[:-1], strict=True):
                 size, digest = _write_durably(partial, files[name])
                 entries[name] = {"sha256": digest, "size": size}
             _write_durably(partials[-1], _json_bytes({"files": entries}))
@@ -125,7 +125,9 @@ def verify(folder: str | os.PathLike) -> list[str]:
         if size != entry["size"]:
             raise ValueError(f"{folder / name}: size: expected {entry['size']}, got {size}")
         with open(folder / name, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            digest = (
+                hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+            )
         if digest != entry["sha256"]:
             raise ValueError(f"{folder / name}: sha256: expected {entry['sha256']}, got {digest}")
     return list(files)

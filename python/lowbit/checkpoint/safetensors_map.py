@@ -79,12 +79,12 @@ class SafetensorsFile:
             if length > HEADER_LIMIT:
                 raise ValueError(f"{self.path}: header length: expected at most {HEADER_LIMIT}, got {length}")
             if length > size - 8:
-                raise ValueError(f"{self.path}: header length: expected at most {size - 8} (the file's rest), got {length}")
+                raise ValueError(
+                    f"{self.path}: header length: expected at most {size - 8} (the file's rest), got {length}"
+                )
             header = parse_json_bytes(file.read(length), f"{self.path}: header")
             self.metadata = self._checked_metadata(header.pop("__metadata__", {}))
-            self.entries = {
-                name: self._checked_entry(name, value, 8 + length, size) for name, value in header.items()
-            }
+            self.entries = {name: self._checked_entry(name, value, 8 + length, size) for name, value in header.items()}
             self._check_cover(8 + length, size)
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
 
@@ -122,14 +122,12 @@ class SafetensorsFile:
         if not _is_sizes(shape) or len(shape) > 64:
             raise ValueError(f"{where}: shape: expected a list of sizes, got {_shown(shape)}")
         if not _is_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
-            raise ValueError(
-                f"{where}: data_offsets: expected [begin, end] within the {size - start} bytes of data, got {_shown(offsets)}"
-            )
-        expected = math.prod(shape) * _DTYPES[dtype].itemsize
-        if offsets[1] - offsets[0] != expected:
-            raise ValueError(
-                f"{where}: data_offsets: expected {expected} bytes for {dtype} {_shown(shape)}, got {offsets[1] - offsets[0]}"
-            )
+            data = f"the {size - start} bytes of data"
+            raise ValueError(f"{where}: data_offsets: expected [begin, end] within {data}, got {_shown(offsets)}")
+        expected, stored = math.prod(shape) * _DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+        if stored != expected:
+            what = f"{dtype} {_shown(shape)}"
+            raise ValueError(f"{where}: data_offsets: expected {expected} bytes for {what}, got {stored}")
         return Entry(_DTYPES[dtype], tuple(shape), start + offsets[0], start + offsets[1])
 
     def _check_cover(self, start: int, size: int) -> None:

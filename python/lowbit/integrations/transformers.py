@@ -69,9 +69,18 @@ class LowbitQuantizer(HfQuantizer):
         for name, matrix in self._packed.matrices.items():
             module = model.get_submodule(name)
             # Transformers assigns the tensors that it read, perhaps onto another device.
-            module.load(PackedMatrix(module.weight, module.weight_scale, module.weight_zero, module.weight_perm,
-                                     format=matrix.format, cols=matrix.cols, group_size=matrix.group_size,
-                                     validate=False))  # fmt: skip
+            module.load(
+                PackedMatrix(
+                    module.weight,
+                    module.weight_scale,
+                    module.weight_zero,
+                    module.weight_perm,
+                    format=matrix.format,
+                    cols=matrix.cols,
+                    group_size=matrix.group_size,
+                    validate=False,
+                )
+            )
         for name, source in self._packed.shared.items():
             model.get_submodule(name).load(model.get_submodule(source).packed)
         self._packed = None
@@ -112,15 +121,22 @@ def build_model(config: transformers.PreTrainedConfig, packed: native.PackedWeig
     try:
         with _quietly():
             model, info = model_class.from_pretrained(
-                None, config=config, state_dict=packed.tensors, dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=packed.tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{where}: {error}") from error
     finally:
         _given.reset(token)
-    for kind, problem in (("missing_keys", "not found in the files"), ("mismatched_keys", "of another shape")):
-        if info[kind]:
-            raise ValueError(f"{where}: {', '.join(sorted(map(str, info[kind]))[:5])}: expected by the model, {problem}")
+    for name, found, expected in info["mismatched_keys"]:
+        raise ValueError(f"{where}: {name}: shape: expected {list(expected)}, got {list(found)}")
+    if info["missing_keys"]:
+        shown = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ValueError(f"{where}: {shown}: expected by the model, not found in the files")
     _remember_folder(model, folder)
     return model, sorted(info["unexpected_keys"])
 
@@ -171,7 +187,9 @@ def _original(model, name: str, entry: native.ModuleEntry) -> torch.nn.Module:
     if isinstance(scale, torch.Tensor) and scale.is_meta:
         # Scaled embeddings keep the number beside the buffer, which has no value yet on the meta device.
         if not hasattr(module, "scalar_embed_scale"):
-            raise NotImplementedError(f"{name}: expected {type(module).__name__} to tell its scale (scalar_embed_scale)")
+            raise NotImplementedError(
+                f"{name}: expected {type(module).__name__} to tell its scale (scalar_embed_scale)"
+            )
         module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=scale.dtype)
     return module
 
@@ -182,7 +200,9 @@ def _settle_bias(name: str, module: torch.nn.Module, tensors: dict[str, torch.Te
     if bias is None or getattr(module, "bias", None) is not None:
         return
     if isinstance(module, torch.nn.Embedding) or bias.shape != (rows,) or not bias.is_floating_point():
-        raise ValueError(f"{name}.bias: expected floats [{rows}] of a linear layer, got {bias.dtype} {list(bias.shape)}")
+        raise ValueError(
+            f"{name}.bias: expected floats [{rows}] of a linear layer, got {bias.dtype} {list(bias.shape)}"
+        )
     if bias.count_nonzero() == 0:
         del tensors[f"{name}.bias"]
     else:
@@ -230,10 +250,13 @@ def _dtype(config: transformers.PreTrainedConfig, packed: native.PackedWeights) 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
+    """No progress bars, and no report of what is missing or left over: here that is an error or a warning."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
