@@ -6,6 +6,7 @@
 // for 10 columns: K*M of it against the N*K*M of the product.
 #include <string.h>
 
+#include "cpu/chunk_step.h"
 #include "cpu/planes_avx512.h"
 
 namespace lowbit {
@@ -23,35 +24,6 @@ LOWBIT_INLINE __m512 load_columns(const void* x, lowbit_dtype dtype, const int32
   return load_floats(lanes, dtype, 0, 0xFFFF);
 }
 
-struct Step {
-  float step, inverse;  // inverse 0: every v is 0
-};
-
-// The step of a chunk from the bits of its largest magnitude.
-LOWBIT_INLINE Step chunk_step(uint32_t a, bool two_digits) {
-  Step s = {0, 0};
-  uint32_t bits;
-  if (a >= 0x7F800000u) {  // infinite or NaN
-    bits = 0x7FC00000u;
-    memcpy(&s.step, &bits, 4);
-  } else if (a >= (127u - 100) << 23) {
-    if (two_digits) {
-      // 2^(f-14), twice that if a > 32639 * 2^(f-14): 32639 = 2^14 + 16255, nine bits above the last of the mantissa.
-      const uint32_t exponent = (a >> 23) - 14 + ((a & 0x7FFFFFu) > 16255u << 9);
-      bits = exponent << 23;
-      memcpy(&s.step, &bits, 4);
-      bits = (254 - exponent) << 23;
-      memcpy(&s.inverse, &bits, 4);
-    } else {
-      float largest;
-      memcpy(&largest, &a, 4);
-      s.step = largest / 127.0f;
-      s.inverse = 127.0f / largest;
-    }
-  }
-  return s;
-}
-
 // Digits of columns [k, k + chunk) of one token, and their step and sum.
 LOWBIT_INLINE void quantize_chunk(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols,
                                   int chunk, int8_t* high, int8_t* low, float* step, int32_t* sum) {
@@ -62,7 +34,7 @@ LOWBIT_INLINE void quantize_chunk(const void* x, lowbit_dtype dtype, const int32
     const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(v[i]), _mm512_set1_epi32(0x7FFFFFFF));
     largest = _mm512_max_epi32(largest, magnitude);
   }
-  const Step s = chunk_step(uint32_t(_mm512_reduce_max_epi32(largest)), high != nullptr);
+  const ChunkStep s = chunk_step(uint32_t(_mm512_reduce_max_epi32(largest)), high != nullptr);
   const __mmask16 live = s.inverse != 0 ? 0xFFFF : 0;
   const __m512 inverse = _mm512_set1_ps(s.inverse);
   __m512i total = _mm512_setzero_si512();

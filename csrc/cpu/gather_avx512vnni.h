@@ -152,7 +152,7 @@ struct RowGather {
     if constexpr (i < 4) {
       const int64_t k = (plane + i) * 64, cols = w->cols;
       if (k >= cols) return;
-      const __m512i plane_codes = peel<kBits, 4, true, false, i>(codes, plane, row_planes(cols));
+      const __m512i plane_codes = peel<kBits, 4, false, i>(codes, plane, row_planes(cols));
       if (!w->perm) {
         decoder.plane(plane_codes, k, cols, out + k);
       } else {

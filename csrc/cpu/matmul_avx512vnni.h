@@ -31,10 +31,10 @@ LOWBIT_INLINE float add_slots(__m512 acc) {
 
 // ---- few tokens: rows ----
 
-// One register for each pair of a row of W and a token.
-template <int kCount>
+// One register for each token.
+template <int kTokens>
 struct Sums {
-  __m512i r[kCount];
+  __m512i r[kTokens];
 };
 
 // A step of the transposing add: lanes of `a` and `b` are added in pairs, so that after levels 1 and 2 lane i % 4 of
@@ -46,49 +46,44 @@ LOWBIT_INLINE __m512i merge(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
 }
 
-// What a block of 16 chunks reads: the rows, the digits of the tokens at this block, where the row ends.
-template <int kRows, int kTokens>
+// What a block of 16 chunks reads: the row, the digits of the tokens at this block, where the row ends.
+template <int kTokens>
 struct BlockOperands {
-  const uint8_t* row[kRows];
+  const uint8_t* row;
   const int8_t* high[kTokens];
   const int8_t* low[kTokens];
   int64_t plane, planes;  // first plane of the block; planes that the row stores
 };
 
-template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens, bool kTail>
+template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
 struct Block {
-  static constexpr int kPlanes = kChunk / 4;                           // 16 chunks of kChunk codes
-  static constexpr int kLeafPlanes = kChunk == 128 ? 2 : 1;            // planes of one register of partial sums
+  static constexpr int kPlanes = kChunk / 4;                               // 16 chunks of kChunk codes
+  static constexpr int kLeafPlanes = kChunk == 128 ? 2 : 1;                // planes of one register of partial sums
   static constexpr int kLevels = kChunk >= 64 ? 4 : kChunk == 32 ? 3 : 2;  // 16, 8 or 4 such registers
-  using S = Sums<kRows * kTokens>;
-  using Operands = BlockOperands<kRows, kTokens>;
+  using S = Sums<kTokens>;
+  using Operands = BlockOperands<kTokens>;
+
+  // Checked at every node of the tree, so that the last block of a row costs what it holds; always true before it.
+  LOWBIT_INLINE static bool stored(const Operands& o, int plane) { return o.plane + plane < o.planes; }
 
   // Partial sums of one or two planes: high digits first, times 256, then the low digits on top of them.
   template <int kLeaf>
   LOWBIT_INLINE static S leaf(const Operands& o) {
-    constexpr int p0 = kLeaf * kLeafPlanes;
-    const bool second = kLeafPlanes == 2 && (!kTail || o.plane + p0 + 1 < o.planes);
-    __m512i c0[kRows], c1[kRows];
-    for (int r = 0; r < kRows; r++) {
-      c0[r] = peel<kBits, kPlanes, kTail, true, p0>(o.row[r], o.plane, o.planes);
-      c1[r] = second ? peel<kBits, kPlanes, kTail, true, p0 + kLeafPlanes - 1>(o.row[r], o.plane, o.planes)
-                     : _mm512_setzero_si512();
-    }
+    constexpr int p0 = kLeaf * kLeafPlanes, p1 = p0 + kLeafPlanes - 1;
+    const __m512i c0 = peel<kBits, kPlanes, true, p0>(o.row, o.plane, o.planes);
+    __m512i c1 = _mm512_setzero_si512();
+    if (p1 > p0 && stored(o, p1)) c1 = peel<kBits, kPlanes, true, p1>(o.row, o.plane, o.planes);
     S s;
     for (int t = 0; t < kTokens; t++) {
-      for (int r = 0; r < kRows; r++) {
-        __m512i sum = _mm512_setzero_si512();
-        if (kTwoDigits) {
-          const int8_t* high = o.high[t] + p0 * 64;
-          sum = _mm512_dpbusd_epi32(sum, c0[r], _mm512_loadu_si512(high));
-          if (kLeafPlanes == 2) sum = _mm512_dpbusd_epi32(sum, c1[r], _mm512_loadu_si512(high + 64));
-          sum = _mm512_slli_epi32(sum, 8);
-        }
-        const int8_t* low = o.low[t] + p0 * 64;
-        sum = _mm512_dpbusd_epi32(sum, c0[r], _mm512_loadu_si512(low));
-        if (kLeafPlanes == 2) sum = _mm512_dpbusd_epi32(sum, c1[r], _mm512_loadu_si512(low + 64));
-        s.r[r * kTokens + t] = sum;
+      __m512i sum = _mm512_setzero_si512();
+      if (kTwoDigits) {
+        sum = _mm512_dpbusd_epi32(sum, c0, _mm512_loadu_si512(o.high[t] + p0 * 64));
+        if (p1 > p0) sum = _mm512_dpbusd_epi32(sum, c1, _mm512_loadu_si512(o.high[t] + p1 * 64));
+        sum = _mm512_slli_epi32(sum, 8);
       }
+      sum = _mm512_dpbusd_epi32(sum, c0, _mm512_loadu_si512(o.low[t] + p0 * 64));
+      if (p1 > p0) sum = _mm512_dpbusd_epi32(sum, c1, _mm512_loadu_si512(o.low[t] + p1 * 64));
+      s.r[t] = sum;
     }
     return s;
   }
@@ -100,8 +95,8 @@ struct Block {
     } else {
       constexpr int kSecond = kFirst + (1 << (kLevel - 1));
       S a = tree<kLevel - 1, kFirst>(o), b = {};
-      if (!kTail || o.plane + kSecond * kLeafPlanes < o.planes) b = tree<kLevel - 1, kSecond>(o);
-      for (int i = 0; i < kRows * kTokens; i++) a.r[i] = merge<kLevel>(a.r[i], b.r[i]);
+      if (stored(o, kSecond * kLeafPlanes)) b = tree<kLevel - 1, kSecond>(o);
+      for (int t = 0; t < kTokens; t++) a.r[t] = merge<kLevel>(a.r[t], b.r[t]);
       return a;
     }
   }
@@ -113,67 +108,51 @@ struct Block {
       // A plane holds 2 or 4 chunks, so lanes are [half][plane] or [part][plane] within planes: put them in order.
       const __m512i order = kChunk == 32 ? _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)
                                          : _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      for (int i = 0; i < kRows * kTokens; i++) s.r[i] = _mm512_permutexvar_epi32(order, s.r[i]);
+      for (int t = 0; t < kTokens; t++) s.r[t] = _mm512_permutexvar_epi32(order, s.r[t]);
     }
     return s;
   }
 };
 
-template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
-LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, int64_t n, int64_t m, float* out,
-                                  int64_t out_stride) {
-  using Full = Block<kBits, kChunk, kTwoDigits, kRows, kTokens, false>;
-  using Tail = Block<kBits, kChunk, kTwoDigits, kRows, kTokens, true>;
-  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes;
+template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
+LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, int64_t n, int64_t m, float* out,
+                                 int64_t out_stride) {
+  using Chunks16 = Block<kBits, kChunk, kTwoDigits, kTokens>;
   const ChunkGrid grid(w, kChunk);
-  BlockOperands<kRows, kTokens> o;
+  BlockOperands<kTokens> o;
   o.planes = stored_planes<kBits>(w->cols);
-  for (int r = 0; r < kRows; r++) o.row[r] = w->codes + (n + r) * row_bytes;
-  const float* step = x->step + m * x->chunks_padded;
-  const int32_t* sum = x->sum + m * x->chunks_padded;
-  __m512 acc[kRows][kTokens];
-  for (int r = 0; r < kRows; r++)
-    for (int t = 0; t < kTokens; t++) acc[r][t] = _mm512_setzero_ps();
+  o.row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
+  __m512 acc[kTokens];
+  for (int t = 0; t < kTokens; t++) acc[t] = _mm512_setzero_ps();
 
   int64_t c = 0;
-  for (o.plane = 0; o.plane < o.planes; o.plane += Full::kPlanes, c += 16) {
+  for (o.plane = 0; o.plane < o.planes; o.plane += Chunks16::kPlanes, c += 16) {
     for (int t = 0; t < kTokens; t++) {
       o.high[t] = (kTwoDigits ? x->high : x->low) + (m + t) * x->cols_padded + o.plane * 64;
       o.low[t] = x->low + (m + t) * x->cols_padded + o.plane * 64;
     }
-    const auto sums = o.plane + Full::kPlanes <= o.planes ? Full::chunk_sums(o) : Tail::chunk_sums(o);
-    for (int r = 0; r < kRows; r++) {
-      const __m512 s = grid.scales(n + r, c);
-      const __m512i z = w->zeros ? grid.zeros(n + r, c) : _mm512_setzero_si512();
-      for (int t = 0; t < kTokens; t++) {
-        const __m512i v = _mm512_loadu_si512(sum + t * x->chunks_padded + c);
-        const __m512i zv = w->zeros ? _mm512_mullo_epi32(z, v) : _mm512_slli_epi32(v, kBits - 1);
-        const __m512 weight = _mm512_mul_ps(s, _mm512_loadu_ps(step + t * x->chunks_padded + c));
-        acc[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums.r[r * kTokens + t], zv)), weight, acc[r][t]);
-      }
+    const Sums<kTokens> sums = Chunks16::chunk_sums(o);
+    const __m512 s = grid.scales(n, c);
+    const __m512i z = w->zeros ? grid.zeros(n, c) : _mm512_setzero_si512();
+    for (int t = 0; t < kTokens; t++) {
+      const int64_t at = (m + t) * x->chunks_padded + c;
+      const __m512i v = _mm512_loadu_si512(x->sum + at);
+      const __m512i zv = w->zeros ? _mm512_mullo_epi32(z, v) : _mm512_slli_epi32(v, kBits - 1);
+      const __m512 weight = _mm512_mul_ps(s, _mm512_loadu_ps(x->step + at));
+      acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums.r[t], zv)), weight, acc[t]);
     }
   }
-  for (int r = 0; r < kRows; r++)
-    for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride + r] = add_slots(acc[r][t]);
+  for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride] = add_slots(acc[t]);
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
 void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
-  if (x->tokens == 1) {
-    int64_t n = n0;
-    for (; n + 2 <= n1; n += 2) rows_by_tokens<kBits, kChunk, kTwoDigits, 2, 1>(w, x, n, 0, out + n - n0, out_stride);
-    if (n < n1) rows_by_tokens<kBits, kChunk, kTwoDigits, 1, 1>(w, x, n, 0, out + n - n0, out_stride);
-    return;
-  }
+  constexpr int kTogether = kTwoDigits ? 2 : 4;  // tokens that share the codes of a row: what 32 registers hold
   for (int64_t n = n0; n < n1; n++) {
     int64_t m = 0;
-    for (; m + 4 <= x->tokens; m += 4)
-      rows_by_tokens<kBits, kChunk, kTwoDigits, 1, 4>(w, x, n, m, out + n - n0, out_stride);
-    if (m + 2 <= x->tokens) {
-      rows_by_tokens<kBits, kChunk, kTwoDigits, 1, 2>(w, x, n, m, out + n - n0, out_stride);
-      m += 2;
-    }
-    if (m < x->tokens) rows_by_tokens<kBits, kChunk, kTwoDigits, 1, 1>(w, x, n, m, out + n - n0, out_stride);
+    for (; m + kTogether <= x->tokens; m += kTogether)
+      row_by_tokens<kBits, kChunk, kTwoDigits, kTogether>(w, x, n, m, out + n - n0, out_stride);
+    for (; m < x->tokens; m++) row_by_tokens<kBits, kChunk, kTwoDigits, 1>(w, x, n, m, out + n - n0, out_stride);
   }
 }
 
@@ -187,10 +166,19 @@ template <int kBits, int kCount, int i = 0>
 LOWBIT_INLINE void decode_planes(const uint8_t* row, int64_t plane, int64_t planes, uint8_t* to) {
   if constexpr (i < kCount) {
     const __m512i codes =
-        plane + i < planes ? peel<kBits, kCount, true, false, i>(row, plane, planes) : _mm512_setzero_si512();
+        plane + i < planes ? peel<kBits, kCount, false, i>(row, plane, planes) : _mm512_setzero_si512();
     _mm512_store_si512(to + i * 64, codes);
     decode_planes<kBits, kCount, i + 1>(row, plane, planes, to);
   }
+}
+
+// Decodes columns [k, k + kStage) of kTileRows rows.
+template <int kBits, int64_t kStage>
+__attribute__((noinline)) void decode_stage(const lowbit_matrix* w, const int64_t* rows, int64_t k,
+                                            uint8_t (*codes)[kStage]) {
+  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes, planes = stored_planes<kBits>(w->cols);
+  for (int r = 0; r < kTileRows; r++)
+    decode_planes<kBits, kStage / 64>(w->codes + rows[r] * row_bytes, k / 64, planes, codes[r]);
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
@@ -202,7 +190,6 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
   alignas(64) float slots[kSlots][R][kLanes];
   alignas(64) float scales[R][kSlots];
   alignas(64) int32_t zeros[R][kSlots];
-  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes, planes = stored_planes<kBits>(w->cols);
   const ChunkGrid grid(w, kChunk);
   const int8_t* high = (kTwoDigits ? x->high : x->low) + tile * kLanes * x->cols_padded;
   const int8_t* low = x->low + tile * kLanes * x->cols_padded;
@@ -220,9 +207,7 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
       }
     }
     const int64_t k = c * kChunk;
-    if (k % kStage == 0)
-      for (int r = 0; r < R; r++)
-        decode_planes<kBits, kStage / 64>(w->codes + rows[r] * row_bytes, k / 64, planes, codes[r]);
+    if (k % kStage == 0) decode_stage<kBits, kStage>(w, rows, k, codes);
 
     __m512i h[R], l[R];
     for (int r = 0; r < R; r++) h[r] = l[r] = _mm512_setzero_si512();

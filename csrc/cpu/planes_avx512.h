@@ -18,8 +18,8 @@ LOWBIT_INLINE void prefetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast
 
 // The 64 codes of plane `plane + i` of a row of `planes` planes. Loops walk a row in blocks of kBlock planes (4, 8, 16
 // or 32; `plane` is a multiple of it) and i is a constant once they are unrolled, so planes of one line share its load.
-// kFetch: the line kPrefetchAhead further is asked for. kTail: the block may be the row's last one, where int3 stores fewer low lines before its high line.
-template <int kBits, int kBlock, bool kTail, bool kFetch, int i>
+// kFetch: the line kPrefetchAhead further is asked for. The last int3 group of a row may lack its second low line.
+template <int kBits, int kBlock, bool kFetch, int i>
 LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes) {
   if constexpr (kBits == 8) {
     const uint8_t* line = row + plane * 64 + i * 64;
@@ -41,7 +41,7 @@ LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes) {
     const int64_t group = kHalf ? plane / 8 * 8 : plane + i / 8 * 8;
     const int j = kHalf ? int(plane / 4 % 2) : i % 8 / 4;
     const uint8_t* lines = kHalf ? row + plane / 8 * 192 : row + plane * 24 + i / 8 * 192;
-    const uint8_t* high_line = lines + ((kTail || kHalf) && planes - group < 5 ? 64 : 128);
+    const uint8_t* high_line = lines + (planes - group < 5 ? 64 : 128);
     if (kFetch && i % 4 == 0) prefetch(lines + j * 64 + kPrefetchAhead);
     if (kFetch && i % 8 == 0 && j == 0) prefetch(lines + 128 + kPrefetchAhead);
     const __m512i low = _mm512_loadu_si512(lines + j * 64);

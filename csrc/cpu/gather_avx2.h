@@ -1,0 +1,179 @@
+// out[i,k] = s[n,g] * float(code[n,k] - zero[n,g]), n = ids[i], rounded once to fp32, fp16 or bf16, on AVX2.
+//
+// To 16 bits, codes of up to 4 bits look their value up: the 16 values of a group are computed and rounded once, their
+// low and high bytes become two vpshufb tables. Everything else is computed. A row is a plane of 64 codes at a time; the
+// lines of the next row are prefetched meanwhile. Bound by the memory: the output is 4 to 8 times the codes.
+#ifndef LOWBIT_CPU_GATHER_AVX2_H
+#define LOWBIT_CPU_GATHER_AVX2_H
+
+#include "cpu/planes_avx2.h"
+
+namespace lowbit {
+namespace {
+
+LOWBIT_INLINE __m128i to_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i halves = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+
+LOWBIT_INLINE __m128i to_half(__m256 v, lowbit_dtype dtype) {
+  return dtype == LOWBIT_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : to_bf16(v);
+}
+
+// Scale and zero of the group that holds the next 16 columns of a row, column by column.
+struct GroupCursor {
+  const lowbit_matrix* w;
+  int64_t base, end;  // index of the current group's scale; first column beyond the group
+  float scale;
+  int zero;
+
+  LOWBIT_INLINE void load() {
+    scale = load_float_at(w->scales, w->scale_dtype, base);
+    if (w->zeros) zero = w->zeros[base];
+  }
+  LOWBIT_INLINE GroupCursor(const lowbit_matrix* w, int64_t row)
+      : w(w),
+        base((w->scale_rows == 1 ? 0 : row) * w->scale_cols),
+        end(w->scale_cols == 1 ? INT64_MAX : w->group_size),
+        zero(1 << (int(w->format) - 1)) {
+    load();
+  }
+  // Moves to the group of column k < cols, k = the last column asked for + 16; true if it is another one.
+  LOWBIT_INLINE bool advance(int64_t k) {
+    if (k < end) return false;
+    base++;
+    end += w->group_size;
+    load();
+    return true;
+  }
+};
+
+// Eight codes (bytes in the low half) to floats.
+LOWBIT_INLINE __m256 decode(__m128i codes, const GroupCursor& at) {
+  const __m256i offset = _mm256_sub_epi32(_mm256_cvtepu8_epi32(codes), _mm256_set1_epi32(at.zero));
+  return _mm256_mul_ps(_mm256_set1_ps(at.scale), _mm256_cvtepi32_ps(offset));
+}
+
+// Low and high bytes of the 16-bit values of the 16 codes of a group.
+struct ByteTables {
+  __m128i low, high;
+
+  LOWBIT_INLINE ByteTables(const GroupCursor& at, lowbit_dtype dtype) {
+    const __m128i a = to_half(decode(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0), at), dtype);
+    const __m128i b = to_half(decode(_mm_setr_epi8(8, 9, 10, 11, 12, 13, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0), at), dtype);
+    const __m128i byte = _mm_set1_epi16(255);
+    low = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+    high = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+  }
+};
+
+// Writes planes of one row, in packed order and in full; columns beyond cols get the values of the last group.
+template <int kBits, bool kHalf>
+struct RowDecoder {
+  static constexpr bool kTable = kBits <= 4 && kHalf;
+  GroupCursor at;
+  lowbit_dtype dtype;
+  ByteTables tables;  // kTable: of the current group
+
+  LOWBIT_INLINE RowDecoder(const lowbit_matrix* w, int64_t row, lowbit_dtype dtype)
+      : at(w, row), dtype(dtype), tables(at, dtype) {}
+
+  LOWBIT_INLINE void move(int64_t k, int64_t cols) {
+    if (k < cols && at.advance(k) && kTable) tables = ByteTables(at, dtype);
+  }
+
+  // 16 columns.
+  LOWBIT_INLINE void sixteen(__m128i codes, int64_t k, int64_t cols, void* out) {
+    move(k, cols);
+    if constexpr (kHalf) {
+      __m128i* to = static_cast<__m128i*>(out);
+      if constexpr (kTable) {
+        const __m128i low = _mm_shuffle_epi8(tables.low, codes), high = _mm_shuffle_epi8(tables.high, codes);
+        _mm_storeu_si128(to, _mm_unpacklo_epi8(low, high));
+        _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(low, high));
+      } else {
+        _mm_storeu_si128(to, to_half(decode(codes, at), dtype));
+        _mm_storeu_si128(to + 1, to_half(decode(_mm_srli_si128(codes, 8), at), dtype));
+      }
+    } else {
+      float* to = static_cast<float*>(out);
+      _mm256_storeu_ps(to, decode(codes, at));
+      _mm256_storeu_ps(to + 8, decode(_mm_srli_si128(codes, 8), at));
+    }
+  }
+};
+
+// One row, four planes at a time; `next` is the row decoded after it, whose lines are fetched meanwhile. With perm the
+// values of a plane are scattered to their original columns one by one.
+template <int kBits, bool kHalf, class Element>
+struct RowGather {
+  const lowbit_matrix* w;
+  RowDecoder<kBits, kHalf> decoder;
+  const uint8_t* codes;
+  Element* out;
+
+  template <int i>
+  LOWBIT_INLINE void planes(int64_t plane) {
+    if constexpr (i < 4) {
+      const int64_t k = (plane + i) * 64, cols = w->cols;
+      if (k >= cols) return;
+      const __m256i a = peel<kBits, 4, false, i, 0>(codes, plane, row_planes(cols));
+      const __m256i b = peel<kBits, 4, false, i, 1>(codes, plane, row_planes(cols));
+      alignas(32) Element values[64];
+      Element* to = w->perm || k + 64 > cols ? values : out + k;
+      decoder.sixteen(_mm256_castsi256_si128(a), k, cols, to);
+      decoder.sixteen(_mm256_extracti128_si256(a, 1), k + 16, cols, to + 16);
+      decoder.sixteen(_mm256_castsi256_si128(b), k + 32, cols, to + 32);
+      decoder.sixteen(_mm256_extracti128_si256(b, 1), k + 48, cols, to + 48);
+      if (w->perm) {
+        for (int64_t j = 0; j < 64 && k + j < cols; j++) out[w->perm[k + j]] = values[j];
+      } else if (k + 64 > cols) {
+        memcpy(out + k, values, size_t(cols - k) * sizeof(Element));
+      }
+      planes<i + 1>(plane);
+    }
+  }
+
+  LOWBIT_INLINE void row(const uint8_t* next, int64_t row_bytes) {
+    for (int64_t plane = 0; plane * 64 < w->cols; plane += 4) {
+      // Four planes are 32 * kBits bytes; their lines may be begun by the block before.
+      const int64_t begin = ceil_div(plane * 8 * kBits, kLineBytes) * kLineBytes;
+      for (int64_t at = begin; at < (plane + 4) * 8 * kBits && at < row_bytes; at += kLineBytes) prefetch(next + at);
+      planes<0>(plane);
+    }
+  }
+};
+
+template <int kBits, bool kHalf, class Element>
+void gather_rows(const lowbit_matrix* w, const int64_t* ids, int64_t count, Element* out, lowbit_dtype dtype,
+                 int64_t out_stride) {
+  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes;
+  for (int64_t i = 0; i < count; i++, out += out_stride) {
+    if (ids[i] < 0) {
+      memset(out, 0, size_t(w->cols) * sizeof(Element));
+      continue;
+    }
+    const uint8_t* codes = w->codes + ids[i] * row_bytes;
+    const uint8_t* next = i + 1 < count && ids[i + 1] >= 0 ? w->codes + ids[i + 1] * row_bytes : codes;
+    RowGather<kBits, kHalf, Element> gather = {w, RowDecoder<kBits, kHalf>(w, ids[i], dtype), codes, out};
+    gather.row(next, row_bytes);
+  }
+}
+
+template <int kBits>
+LOWBIT_INLINE void gather(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out, lowbit_dtype dtype,
+                          int64_t out_stride) {
+  if (dtype == LOWBIT_F32)
+    gather_rows<kBits, false>(w, ids, count, static_cast<float*>(out), dtype, out_stride);
+  else
+    gather_rows<kBits, true>(w, ids, count, static_cast<uint16_t*>(out), dtype, out_stride);
+}
+
+}  // namespace
+}  // namespace lowbit
+#endif

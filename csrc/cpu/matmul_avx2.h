@@ -1,0 +1,330 @@
+// y[m,n] = sum_c fma chain of float(I[m,n,c]) * (s[n,g(c)] * step[m,c])   on AVX2, for every integer format.
+//
+// The structure and the bits are those of matmul_avx512vnni.h with two registers of 8 lanes for the 16 slots. Products
+// are vpmaddubsw (codes * digits, pairs added in 16 bits) and vpmaddwd, whose second operand is the weight of the digit
+// (256 or 1). Sixteen bits hold 8 pairs: 8 * 2 * 15 * 128 = 30720; the codes of int8 are split into nibbles, two parts of
+// weight 1 and 16, for that.
+//
+// kRows: one row of W against 1 or 2 tokens, 16 chunks a block, a transposing add of 8 registers. Bound by issue slots:
+// 2 vpmaddubsw and about 2 more operations for 32 codes and a digit.
+// kTiles: 4 rows are decoded to bytes in L1, 512 columns at a time, and meet 8 tokens in the lanes at a time.
+#ifndef LOWBIT_CPU_MATMUL_AVX2_H
+#define LOWBIT_CPU_MATMUL_AVX2_H
+
+#include "cpu/planes_avx2.h"
+
+namespace lowbit {
+namespace {
+
+// The slots 0-7 and 8-15 added as the tree of docs/numerics.md.
+LOWBIT_INLINE float add_slots(__m256 first, __m256 second) {
+  const __m256 a8 = _mm256_add_ps(first, second);
+  const __m128 a4 = _mm_add_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps(a8, 1));
+  const __m128 a2 = _mm_add_ps(a4, _mm_movehl_ps(a4, a4));
+  return _mm_cvtss_f32(_mm_add_ss(a2, _mm_movehdup_ps(a2)));
+}
+
+// Codes as vpmaddubsw can take them without saturating: one part, or the two nibbles of int8.
+template <int kBits>
+constexpr int kParts = kBits == 8 ? 2 : 1;
+
+template <int kPart, int kBits>
+LOWBIT_INLINE __m256i code_part(__m256i codes) {
+  if constexpr (kBits < 8) return codes;
+  return _mm256_and_si256(kPart ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
+}
+
+// total + weight * (the 16-bit sums in pairs).
+LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums, int weight) {
+  return _mm256_add_epi32(total, _mm256_madd_epi16(sums, _mm256_set1_epi16(int16_t(weight))));
+}
+
+// ---- few tokens: rows ----
+
+// One register for each token.
+template <int kTokens>
+struct Sums {
+  __m256i r[kTokens];
+};
+
+// A step of the transposing add; level 3 is the last and puts registers 0-3 and 4-7 into the two halves.
+template <int kLevel>
+LOWBIT_INLINE __m256i merge(__m256i a, __m256i b) {
+  if constexpr (kLevel == 1) return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  if constexpr (kLevel == 2) return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// What a block of 16 chunks reads: the row, the digits of the tokens at this block, where the row ends.
+template <int kTokens>
+struct BlockOperands {
+  const uint8_t* row;
+  const int8_t* high[kTokens];
+  const int8_t* low[kTokens];
+  int64_t plane, planes;  // first plane of the block; planes that the row stores
+};
+
+template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
+struct Block {
+  static constexpr int kPlanes = kChunk / 4;                       // 16 chunks of kChunk codes
+  static constexpr int kPieces = kChunk >= 64 ? kChunk / 32 : 1;   // of 32 codes, in one register of partial sums
+  static constexpr int kLevels = kChunk == 16 ? 2 : 3;             // 4 or 8 registers make 8 chunks
+  using S = Sums<kTokens>;
+  using Operands = BlockOperands<kTokens>;
+
+  // Checked at every node of the tree, so that the last block of a row costs what it holds; always true before it.
+  LOWBIT_INLINE static bool stored(const Operands& o, int plane) { return o.plane + plane < o.planes; }
+
+  // 16-bit sums of the pieces [i, kPieces) of a leaf, for every part and digit.
+  template <int kPiece, int i>
+  LOWBIT_INLINE static void add_pieces(const Operands& o, __m256i (&high)[kParts<kBits>][kTokens],
+                                       __m256i (&low)[kParts<kBits>][kTokens]) {
+    if constexpr (i < kPieces) {
+      constexpr int piece = kPiece + i, plane = piece / 2;
+      if (!stored(o, plane)) return;
+      const __m256i codes = peel<kBits, kPlanes, true, plane, piece % 2>(o.row, o.plane, o.planes);
+      for (int t = 0; t < kTokens; t++) {
+        const __m256i dl = load32(o.low[t] + piece * 32), dh = kTwoDigits ? load32(o.high[t] + piece * 32) : dl;
+        for (int p = 0; p < kParts<kBits>; p++) {
+          const __m256i part = p ? code_part<1, kBits>(codes) : code_part<0, kBits>(codes);
+          if (kTwoDigits) high[p][t] = _mm256_add_epi16(high[p][t], _mm256_maddubs_epi16(part, dh));
+          low[p][t] = _mm256_add_epi16(low[p][t], _mm256_maddubs_epi16(part, dl));
+        }
+      }
+      add_pieces<kPiece, i + 1>(o, high, low);
+    }
+  }
+
+  template <int kLeaf>
+  LOWBIT_INLINE static S leaf(const Operands& o) {
+    __m256i high[kParts<kBits>][kTokens], low[kParts<kBits>][kTokens];
+    for (int p = 0; p < kParts<kBits>; p++)
+      for (int t = 0; t < kTokens; t++) high[p][t] = low[p][t] = _mm256_setzero_si256();
+    add_pieces<kLeaf * kPieces, 0>(o, high, low);
+    S s;
+    for (int t = 0; t < kTokens; t++) {
+      s.r[t] = _mm256_setzero_si256();
+      for (int p = 0; p < kParts<kBits>; p++) {
+        s.r[t] = add_weighted(s.r[t], low[p][t], p ? 16 : 1);
+        if (kTwoDigits) s.r[t] = add_weighted(s.r[t], high[p][t], p ? 4096 : 256);
+      }
+    }
+    return s;
+  }
+
+  template <int kLevel, int kFirst>
+  LOWBIT_INLINE static S tree(const Operands& o) {
+    if constexpr (kLevel == 0) {
+      return leaf<kFirst>(o);
+    } else {
+      constexpr int kSecond = kFirst + (1 << (kLevel - 1));
+      S a = tree<kLevel - 1, kFirst>(o), b = {};
+      if (stored(o, kSecond * kPieces / 2)) b = tree<kLevel - 1, kSecond>(o);
+      for (int t = 0; t < kTokens; t++) a.r[t] = merge<kLevel>(a.r[t], b.r[t]);
+      return a;
+    }
+  }
+
+  // Lane j = sum(code * v) over chunk 8 * kHalf + j of the block.
+  template <int kHalf>
+  LOWBIT_INLINE static S chunk_sums(const Operands& o) {
+    constexpr int kFirst = kHalf << kLevels;
+    S s = {};
+    if (stored(o, kFirst * kPieces / 2)) s = tree<kLevels, kFirst>(o);
+    if constexpr (kChunk == 16) {
+      // A piece holds two chunks, in its two halves.
+      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+      for (int t = 0; t < kTokens; t++) s.r[t] = _mm256_permutevar8x32_epi32(s.r[t], order);
+    }
+    return s;
+  }
+};
+
+template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
+LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, int64_t n, int64_t m, float* out,
+                                 int64_t out_stride) {
+  using Chunks16 = Block<kBits, kChunk, kTwoDigits, kTokens>;
+  const ChunkGrid grid(w, kChunk);
+  BlockOperands<kTokens> o;
+  o.planes = stored_planes<kBits>(w->cols);
+  o.row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
+  __m256 acc[kTokens][2];
+  for (int t = 0; t < kTokens; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
+
+  // Chunks [c, c + 8), whose sums are I + zero * sum(v), to half a register of slots.
+  auto add_chunks = [&](const Sums<kTokens>& sums, int64_t c, int half) {
+    const __m256 s = grid.scales(n, c);
+    const __m256i z = w->zeros ? grid.zeros(n, c) : _mm256_setzero_si256();
+    for (int t = 0; t < kTokens; t++) {
+      const int64_t at = (m + t) * x->chunks_padded + c;
+      const __m256i v = load32(x->sum + at);
+      const __m256i zv = w->zeros ? _mm256_mullo_epi32(z, v) : _mm256_slli_epi32(v, kBits - 1);
+      const __m256 weight = _mm256_mul_ps(s, _mm256_loadu_ps(x->step + at));
+      acc[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(sums.r[t], zv)), weight, acc[t][half]);
+    }
+  };
+  int64_t c = 0;
+  for (o.plane = 0; o.plane < o.planes; o.plane += Chunks16::kPlanes, c += 16) {
+    for (int t = 0; t < kTokens; t++) {
+      o.high[t] = (kTwoDigits ? x->high : x->low) + (m + t) * x->cols_padded + o.plane * 64;
+      o.low[t] = x->low + (m + t) * x->cols_padded + o.plane * 64;
+    }
+    add_chunks(Chunks16::template chunk_sums<0>(o), c, 0);
+    add_chunks(Chunks16::template chunk_sums<1>(o), c + 8, 1);
+  }
+  for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride] = add_slots(acc[t][0], acc[t][1]);
+}
+
+template <int kBits, int kChunk, bool kTwoDigits>
+void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
+  for (int64_t n = n0; n < n1; n++) {
+    int64_t m = 0;
+    for (; m + 2 <= x->tokens; m += 2)
+      row_by_tokens<kBits, kChunk, kTwoDigits, 2>(w, x, n, m, out + n - n0, out_stride);
+    if (m < x->tokens) row_by_tokens<kBits, kChunk, kTwoDigits, 1>(w, x, n, m, out + n - n0, out_stride);
+  }
+}
+
+// ---- many tokens: tiles ----
+
+constexpr int kTileRows = 4;         // rows of W that share a load of digits: 8 accumulators with two digits
+constexpr int64_t kTileCodes = 512;  // columns decoded at a time
+
+// Decodes planes [plane, plane + kCount) of a row to bytes, part by part `stride` bytes apart; planes that the row does
+// not store become zero codes.
+template <int kBits, int kCount, int i = 0>
+LOWBIT_INLINE void decode_planes(const uint8_t* row, int64_t plane, int64_t planes, uint8_t* to, int64_t stride) {
+  if constexpr (i < kCount) {
+    __m256i a = _mm256_setzero_si256(), b = a;
+    if (plane + i < planes) {
+      a = peel<kBits, kCount, false, i, 0>(row, plane, planes);
+      b = peel<kBits, kCount, false, i, 1>(row, plane, planes);
+    }
+    __m256i* first = reinterpret_cast<__m256i*>(to + i * 64);
+    _mm256_store_si256(first, code_part<0, kBits>(a));
+    _mm256_store_si256(first + 1, code_part<0, kBits>(b));
+    if (kParts<kBits> == 2) {
+      __m256i* second = reinterpret_cast<__m256i*>(to + stride + i * 64);
+      _mm256_store_si256(second, code_part<1, kBits>(a));
+      _mm256_store_si256(second + 1, code_part<1, kBits>(b));
+    }
+    decode_planes<kBits, kCount, i + 1>(row, plane, planes, to, stride);
+  }
+}
+
+// Decodes columns [k, k + kStage) of kTileRows rows.
+template <int kBits, int64_t kStage>
+__attribute__((noinline)) void decode_stage(const lowbit_matrix* w, const int64_t* rows, int64_t k,
+                                            uint8_t (*codes)[kTileRows][kStage]) {
+  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes, planes = stored_planes<kBits>(w->cols);
+  for (int r = 0; r < kTileRows; r++)
+    decode_planes<kBits, kStage / 64>(w->codes + rows[r] * row_bytes, k / 64, planes, codes[0][r], kTileRows * kStage);
+}
+
+template <int kBits, int kChunk, bool kTwoDigits>
+void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* rows, int count, int64_t tile, float* out,
+                  int64_t out_stride) {
+  constexpr int R = kTileRows;
+  constexpr int64_t kStage = kChunk * 16 < kTileCodes ? kChunk * 16 : kTileCodes;
+  constexpr int kSum = kChunk < 32 ? kChunk : 32;  // columns whose products 16 bits can hold
+  alignas(32) uint8_t codes[kParts<kBits>][R][kStage];
+  alignas(32) float slots[kSlots][R][kLanes];
+  alignas(32) float scales[R][kSlots];
+  alignas(32) int32_t zeros[R][kSlots];
+  const ChunkGrid grid(w, kChunk);
+  const int8_t* high = (kTwoDigits ? x->high : x->low) + tile * kLanes * x->cols_padded;
+  const int8_t* low = x->low + tile * kLanes * x->cols_padded;
+  memset(slots, 0, sizeof slots);
+
+  for (int64_t c = 0; c < x->chunks; c++) {
+    const int slot = int(c % kSlots);
+    if (slot % 8 == 0) {
+      for (int r = 0; r < R; r++) {
+        _mm256_store_ps(scales[r] + slot, grid.scales(rows[r], c));
+        if (w->zeros) _mm256_store_si256(reinterpret_cast<__m256i*>(zeros[r] + slot), grid.zeros(rows[r], c));
+      }
+    }
+    const int64_t k = c * kChunk;
+    if (k % kStage == 0) decode_stage<kBits, kStage>(w, rows, k, codes);
+
+    for (int t = 0; t < kLanes; t += 8) {
+      __m256i total[R];
+      for (int r = 0; r < R; r++) total[r] = _mm256_setzero_si256();
+      for (int p = 0; p < kParts<kBits>; p++) {
+        for (int first = 0; first < kChunk; first += kSum) {
+          __m256i h[R], l[R];
+          for (int r = 0; r < R; r++) h[r] = l[r] = _mm256_setzero_si256();
+          const uint8_t* code = codes[p][0] + k % kStage + first;
+          const int64_t at = (k + first) * kLanes + t * 4;
+          for (int i = 0; i < kSum; i += 4) {
+            const __m256i dl = load32(low + at + i * kLanes), dh = kTwoDigits ? load32(high + at + i * kLanes) : dl;
+            for (int r = 0; r < R; r++) {
+              int32_t four_codes;
+              memcpy(&four_codes, code + r * kStage + i, 4);
+              const __m256i four = _mm256_set1_epi32(four_codes);
+              if (kTwoDigits) h[r] = _mm256_add_epi16(h[r], _mm256_maddubs_epi16(four, dh));
+              l[r] = _mm256_add_epi16(l[r], _mm256_maddubs_epi16(four, dl));
+            }
+          }
+          for (int r = 0; r < R; r++) {
+            total[r] = add_weighted(total[r], l[r], p ? 16 : 1);
+            if (kTwoDigits) total[r] = add_weighted(total[r], h[r], p ? 4096 : 256);
+          }
+        }
+      }
+      const int64_t at = (tile * x->chunks_padded + c) * kLanes + t;
+      const __m256i v = load32(x->sum + at);
+      const __m256 step = _mm256_loadu_ps(x->step + at);
+      for (int r = 0; r < R; r++) {
+        const __m256i zv =
+            w->zeros ? _mm256_mullo_epi32(_mm256_set1_epi32(zeros[r][slot]), v) : _mm256_slli_epi32(v, kBits - 1);
+        const __m256 weight = _mm256_mul_ps(_mm256_set1_ps(scales[r][slot]), step);
+        const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(total[r], zv));
+        _mm256_store_ps(slots[slot][r] + t, _mm256_fmadd_ps(sum, weight, _mm256_load_ps(slots[slot][r] + t)));
+      }
+    }
+  }
+
+  const int64_t m = tile * kLanes, tokens = x->tokens - m < kLanes ? x->tokens - m : kLanes;
+  for (int width = kSlots / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; j++)
+      for (int r = 0; r < R; r++)
+        for (int t = 0; t < kLanes; t++) slots[j][r][t] += slots[j + width][r][t];
+  for (int r = 0; r < count; r++)
+    for (int64_t t = 0; t < tokens; t++) out[(m + t) * out_stride + r] = slots[0][r][t];
+}
+
+// Tiles of tokens outside, rows inside: the codes of a row block stay in L2 and are decoded again for each tile.
+template <int kBits, int kChunk, bool kTwoDigits>
+void matmul_tiles(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
+  for (int64_t tile = 0; tile * kLanes < x->tokens; tile++) {
+    for (int64_t n = n0; n < n1; n += kTileRows) {
+      const int count = n1 - n < kTileRows ? int(n1 - n) : kTileRows;
+      int64_t rows[kTileRows];  // rows beyond the block repeat its last one and are not written
+      for (int r = 0; r < kTileRows; r++) rows[r] = n + (r < count ? r : count - 1);
+      rows_by_tile<kBits, kChunk, kTwoDigits>(w, x, rows, count, tile, out + n - n0, out_stride);
+    }
+  }
+}
+
+template <int kBits, int kChunk>
+LOWBIT_INLINE void matmul_chunk(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                                int64_t out_stride) {
+  if (x->layout == Activations::kRows)
+    (x->high ? matmul_rows<kBits, kChunk, true> : matmul_rows<kBits, kChunk, false>)(w, x, n0, n1, out, out_stride);
+  else
+    (x->high ? matmul_tiles<kBits, kChunk, true> : matmul_tiles<kBits, kChunk, false>)(w, x, n0, n1, out, out_stride);
+}
+
+template <int kBits>
+LOWBIT_INLINE void matmul(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                          int64_t out_stride) {
+  if (x->chunk == 128) return matmul_chunk<kBits, 128>(w, x, n0, n1, out, out_stride);
+  if (x->chunk == 64) return matmul_chunk<kBits, 64>(w, x, n0, n1, out, out_stride);
+  if (x->chunk == 32) return matmul_chunk<kBits, 32>(w, x, n0, n1, out, out_stride);
+  return matmul_chunk<kBits, 16>(w, x, n0, n1, out, out_stride);
+}
+
+}  // namespace
+}  // namespace lowbit
+#endif
