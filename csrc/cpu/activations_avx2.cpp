@@ -14,8 +14,8 @@ const void* token(const void* x, lowbit_dtype dtype, int64_t stride, int64_t m) 
 }
 
 // Columns [k, k + chunk) of a token as fp32, zero beyond cols; column j lies at perm[j].
-LOWBIT_INLINE void load_chunk(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols, int chunk,
-                              float* to) {
+LOWBIT_INLINE void load_chunk(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols,
+                              int chunk, float* to) {
   int i = 0;
   if (!perm)
     for (; i + 8 <= chunk && k + i + 8 <= cols; i += 8) _mm256_store_ps(to + i, load_floats(x, dtype, k + i));
@@ -54,13 +54,13 @@ LOWBIT_INLINE void quantize_chunk(const void* x, lowbit_dtype dtype, const int32
     const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v + i), inverse));
     const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v + i + 8), inverse));
     total = _mm256_add_epi32(total, _mm256_add_epi32(a, b));
-    const __m128i low_bytes = pack_bytes(_mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24),
-                                         _mm256_srai_epi32(_mm256_slli_epi32(b, 24), 24));
+    const __m128i low_bytes =
+        pack_bytes(_mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24), _mm256_srai_epi32(_mm256_slli_epi32(b, 24), 24));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), low_bytes);
     if (high) {
       const __m256i half = _mm256_set1_epi32(128);
-      const __m128i high_bytes = pack_bytes(_mm256_srai_epi32(_mm256_add_epi32(a, half), 8),
-                                            _mm256_srai_epi32(_mm256_add_epi32(b, half), 8));
+      const __m128i high_bytes =
+          pack_bytes(_mm256_srai_epi32(_mm256_add_epi32(a, half), 8), _mm256_srai_epi32(_mm256_add_epi32(b, half), 8));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), high_bytes);
     }
   }
@@ -76,7 +76,8 @@ void quantize_row(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_
   int32_t* sum = out->sum + m * out->chunks_padded;
   for (int64_t c = 0; c < out->chunks; c++) {
     const int64_t k = c * out->chunk;
-    quantize_chunk(x, dtype, perm, k, out->cols, int(out->chunk), high ? high + k : nullptr, low + k, step + c, sum + c);
+    quantize_chunk(x, dtype, perm, k, out->cols, int(out->chunk), high ? high + k : nullptr, low + k, step + c,
+                   sum + c);
   }
   const int64_t end = out->chunks * out->chunk;
   memset(low + end, 0, size_t(out->cols_padded - end));

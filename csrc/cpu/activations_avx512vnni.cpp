@@ -62,7 +62,8 @@ void quantize_row(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_
   int32_t* sum = out->sum + m * out->chunks_padded;
   for (int64_t c = 0; c < out->chunks; c++) {
     const int64_t k = c * out->chunk;
-    quantize_chunk(x, dtype, perm, k, out->cols, int(out->chunk), high ? high + k : nullptr, low + k, step + c, sum + c);
+    quantize_chunk(x, dtype, perm, k, out->cols, int(out->chunk), high ? high + k : nullptr, low + k, step + c,
+                   sum + c);
   }
   const int64_t end = out->chunks * out->chunk;
   memset(low + end, 0, size_t(out->cols_padded - end));
@@ -88,7 +89,8 @@ LOWBIT_INLINE void interleave(const int8_t* from, int8_t* to) {
   }
   // a[4q + i], part p: dword 4p + i of rows 4q .. 4q+3.
   for (int i = 0; i < 4; i++) {
-    const __m512i even_lo = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), odd_lo = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD);
+    const __m512i even_lo = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88),
+                  odd_lo = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD);
     const __m512i even_hi = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
     const __m512i odd_hi = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
     _mm512_storeu_si512(to + i * 64, _mm512_shuffle_i32x4(even_lo, even_hi, 0x88));

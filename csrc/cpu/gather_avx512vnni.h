@@ -56,7 +56,8 @@ struct GroupCursor {
 
 // Sixteen codes (one a 32-bit lane) to floats.
 LOWBIT_INLINE __m512 decode(__m512i codes, const GroupCursor& at) {
-  return _mm512_mul_ps(_mm512_set1_ps(at.scale), _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(at.zero))));
+  return _mm512_mul_ps(_mm512_set1_ps(at.scale),
+                       _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(at.zero))));
 }
 
 LOWBIT_INLINE __m512 group_table(const GroupCursor& at) {
@@ -74,8 +75,8 @@ struct RowDecoder {
   static constexpr bool kTable = kBits <= 4;
   GroupCursor at;
   lowbit_dtype dtype;
-  __m512 floats;    // kTable, fp32: the values of the current group
-  __m512i halves;   // kTable, 16 bits: those of the groups of the next 16 and the following 16 columns
+  __m512 floats;   // kTable, fp32: the values of the current group
+  __m512i halves;  // kTable, 16 bits: those of the groups of the next 16 and the following 16 columns
 
   LOWBIT_INLINE RowDecoder(const lowbit_matrix* w, int64_t row, lowbit_dtype dtype)
       : at(w, row), dtype(dtype), floats(group_table(at)), halves(_mm512_setzero_si512()) {

@@ -3,8 +3,8 @@
 
 namespace lowbit {
 
-void int2_gather__avx512vnni(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out, lowbit_dtype out_dtype,
-                             int64_t out_stride) {
+void int2_gather__avx512vnni(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out,
+                             lowbit_dtype out_dtype, int64_t out_stride) {
   gather<2>(w, ids, count, out, out_dtype, out_stride);
 }
 

@@ -4,7 +4,7 @@
 namespace lowbit {
 
 void int8_matmul__avx2(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
-                             int64_t out_stride) {
+                       int64_t out_stride) {
   matmul<8>(w, x, n0, n1, out, out_stride);
 }
 

@@ -66,9 +66,9 @@ struct BlockOperands {
 
 template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
 struct Block {
-  static constexpr int kPlanes = kChunk / 4;                       // 16 chunks of kChunk codes
-  static constexpr int kPieces = kChunk >= 64 ? kChunk / 32 : 1;   // of 32 codes, in one register of partial sums
-  static constexpr int kLevels = kChunk == 16 ? 2 : 3;             // 4 or 8 registers make 8 chunks
+  static constexpr int kPlanes = kChunk / 4;                      // 16 chunks of kChunk codes
+  static constexpr int kPieces = kChunk >= 64 ? kChunk / 32 : 1;  // of 32 codes, in one register of partial sums
+  static constexpr int kLevels = kChunk == 16 ? 2 : 3;            // 4 or 8 registers make 8 chunks
   using S = Sums<kTokens>;
   using Operands = BlockOperands<kTokens>;
 
@@ -222,8 +222,8 @@ __attribute__((noinline)) void decode_stage(const lowbit_matrix* w, const int64_
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
-void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* rows, int count, int64_t tile, float* out,
-                  int64_t out_stride) {
+void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* rows, int count, int64_t tile,
+                  float* out, int64_t out_stride) {
   constexpr int R = kTileRows;
   constexpr int64_t kStage = kChunk * 16 < kTileCodes ? kChunk * 16 : kTileCodes;
   constexpr int kSum = kChunk < 32 ? kChunk : 32;  // columns whose products 16 bits can hold
@@ -296,7 +296,8 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
 
 // Tiles of tokens outside, rows inside: the codes of a row block stay in L2 and are decoded again for each tile.
 template <int kBits, int kChunk, bool kTwoDigits>
-void matmul_tiles(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
+void matmul_tiles(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                  int64_t out_stride) {
   for (int64_t tile = 0; tile * kLanes < x->tokens; tile++) {
     for (int64_t n = n0; n < n1; n += kTileRows) {
       const int count = n1 - n < kTileRows ? int(n1 - n) : kTileRows;

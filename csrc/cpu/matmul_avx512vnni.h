@@ -158,8 +158,8 @@ void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64
 
 // ---- many tokens: tiles ----
 
-constexpr int kTileRows = 8;          // rows of W that share a load of digits: 16 accumulators with two digits
-constexpr int64_t kTileCodes = 512;   // columns decoded at a time: 4 KB of L1 for 8 rows
+constexpr int kTileRows = 8;         // rows of W that share a load of digits: 16 accumulators with two digits
+constexpr int64_t kTileCodes = 512;  // columns decoded at a time: 4 KB of L1 for 8 rows
 
 // Decodes planes [plane, plane + kCount) of a row to bytes; planes that the row does not store become zero codes.
 template <int kBits, int kCount, int i = 0>
@@ -182,8 +182,8 @@ __attribute__((noinline)) void decode_stage(const lowbit_matrix* w, const int64_
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
-void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* rows, int count, int64_t tile, float* out,
-                  int64_t out_stride) {
+void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* rows, int count, int64_t tile,
+                  float* out, int64_t out_stride) {
   constexpr int R = kTileRows;
   constexpr int64_t kStage = kChunk * 16 < kTileCodes ? kChunk * 16 : kTileCodes;
   alignas(64) uint8_t codes[R][kStage];
@@ -246,7 +246,8 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
 
 // Tiles of tokens outside, rows inside: the codes of a row block stay in L2 and are decoded again for each tile.
 template <int kBits, int kChunk, bool kTwoDigits>
-void matmul_tiles(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
+void matmul_tiles(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                  int64_t out_stride) {
   for (int64_t tile = 0; tile * kLanes < x->tokens; tile++) {
     for (int64_t n = n0; n < n1; n += kTileRows) {
       const int count = n1 - n < kTileRows ? int(n1 - n) : kTileRows;

