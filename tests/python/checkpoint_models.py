@@ -3,9 +3,10 @@
 import hashlib
 from pathlib import Path
 
-import lowbit
 import torch
 import transformers
+
+import lowbit
 from lowbit import models
 
 

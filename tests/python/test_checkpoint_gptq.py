@@ -3,12 +3,13 @@
 import json
 import re
 
-import lowbit
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from checkpoint_models import act_order, build, digests, linears, llama, logits, pack
+
+import lowbit
 from lowbit import models
 from lowbit.checkpoint import native
 from lowbit.checkpoint.gptq import Settings

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 
-import lowbit
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from checkpoint_models import act_order, build, digests, llama, logits, pack
+
+import lowbit
 from lowbit import checkpoint, models
 from lowbit.checkpoint import native
 from lowbit.checkpoint.safetensors_map import SafetensorsFile, Weights, serialize
@@ -297,6 +298,18 @@ def test_a_save_killed_anywhere_leaves_a_model_that_loads(tmp_path):
         if not killed:
             break
     assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 1 and len(seen) > 10
+
+
+def test_transformers_does_not_load_a_folder_between_two_models(tmp_path):
+    import lowbit.integrations.transformers  # noqa: F401
+
+    lowbit.save(pack(llama()), tmp_path)
+    (tmp_path / "lowbit-commit.json").write_text('{"id": "0123456789abcdef", "rename": ["config.json"], "delete": []}')
+    with pytest.raises(ValueError, match=r"lowbit-commit.json: a save was cut off here"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    lowbit.load(tmp_path)
+    assert not (tmp_path / "lowbit-commit.json").exists()
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def saved_by_a_child_killed_at(model, folder, step):

@@ -4,12 +4,13 @@ import json
 import shutil
 import struct
 
-import lowbit
 import pytest
 import torch
 from checkpoint_models import act_order, llama, logits, pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import lowbit
 from lowbit.checkpoint.safetensors_map import HEADER_LIMIT, SafetensorsFile, serialize
 
 PACKED = "model.layers.0.mlp.up_proj"  # 128 x 64, int4, group size 32, zeros, perm
@@ -252,8 +253,9 @@ def test_tensors_that_lie_are_refused(copied, change, message):
 
 
 def test_transformers_refuses_them_too(copied):
-    import lowbit.integrations.transformers  # noqa: F401
     import transformers
+
+    import lowbit.integrations.transformers  # noqa: F401
 
     rewrite(copied, put("weight_perm", poke(0, 1)))
     with pytest.raises(ValueError, match=f"{PACKED}.*perm"):

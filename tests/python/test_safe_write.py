@@ -8,6 +8,7 @@ import os
 import signal
 
 import pytest
+
 from lowbit.checkpoint import safe_write
 from lowbit.checkpoint.safe_write import (
     COMMIT,

@@ -49,6 +49,7 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None):
     """The Transformers model in a folder, on the CPU, in evaluation mode; modules are packed where the files are so.
 
     The weights are mapped and used where they lie, so the model appears at once and other processes share its pages.
+    Saving over the folder is safe meanwhile (files are replaced, not rewritten); cutting a mapped file short is not.
     in_memory: True copies codes, a matrix at a time, to anonymous memory with huge pages, which decode-bound kernels
         read faster; False never does; None copies when the codes take 64 MiB or more, the system offers huge pages and
         the memory is available. Codes of GPTQ checkpoints are always converted into memory.

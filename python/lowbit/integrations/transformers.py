@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import models
 from ..checkpoint import native
+from ..checkpoint.safe_write import COMMIT
 from ..checkpoint.safetensors_map import Weights
 from ..checkpoint.strict_json import parse_json
 from ..matrix import PackedMatrix
@@ -60,6 +61,10 @@ class LowbitQuantizer(HfQuantizer):
                 if not checkpoint_files:
                     raise ValueError("lowbit: expected a checkpoint in a folder, got a state dict: use lowbit.load")
                 folder = Path(checkpoint_files[0]).parent
+                if (folder / COMMIT).exists():
+                    raise ValueError(
+                        f"{folder / COMMIT}: a save was cut off here: lowbit.load({str(folder)!r}) completes it"
+                    )
                 where = f"{folder / 'config.json'}: quantization_config"
                 described = self.quantization_config.to_dict()
                 self._packed = native.read_packed(Weights(folder), described, where, in_memory=False)
