@@ -301,7 +301,7 @@ def test_a_save_killed_anywhere_leaves_a_model_that_loads(tmp_path):
 
 
 def test_transformers_does_not_load_a_folder_between_two_models(tmp_path):
-    import lowbit.integrations.transformers  # noqa: F401
+    import lowbit.integrations.transformers
 
     lowbit.save(pack(llama()), tmp_path)
     (tmp_path / "lowbit-commit.json").write_text('{"id": "0123456789abcdef", "rename": ["config.json"], "delete": []}')

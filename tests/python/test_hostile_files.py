@@ -310,6 +310,24 @@ def test_configurations_of_garbage_are_refused(copied, text, message):
         lowbit.load(copied)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
+def test_more_layers_than_tensors_are_refused_before_they_are_built(copied, key):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "text_config": {key: 10**12}}))
+    with pytest.raises(
+        ValueError, match=rf"config.json: {key}: expected at most the number of tensors, \d+, got {10**12}"
+    ):
+        lowbit.load(copied)
+
+
+def test_a_plain_folder_is_checked_too(tmp_path):
+    llama().save_pretrained(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"model.safetensors: .* data_offsets: expected"):
+        lowbit.load(tmp_path)
+
+
 def test_an_unknown_method_is_named(copied):
     reconfigure(copied, lambda described: described.update(quant_method="awq"))
     with pytest.raises(NotImplementedError, match=r"config.json: .*quant_method: expected lowbit or gptq, got 'awq'"):

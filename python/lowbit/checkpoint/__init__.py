@@ -42,6 +42,7 @@ _WEIGHT_FILES = re.compile(
     r"model\.safetensors|model-\d{5}-of-\d{5}\.safetensors|model\.safetensors\.index\.json|quantize_config\.json"
     r"|gptq_model-\d+bit-.*g\.safetensors"
 )
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -63,7 +64,8 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None):
         raise FileNotFoundError(f"{folder}: expected a folder with config.json")
     finish_interrupted(folder)
     described, where = quantization_config(folder)
-    config = _transformers_config(folder)
+    weights = Weights(folder, gptq.weight_files(folder))
+    config = _transformers_config(folder, len(weights))
 
     from ..integrations import transformers as integration
 
@@ -71,10 +73,10 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None):
         return integration.load_plain(folder, config)
     method = described.get("quant_method")
     if method == native.QUANT_METHOD:
-        packed = native.read_packed(Weights(folder), described, where, in_memory)
+        packed = native.read_packed(weights, described, where, in_memory)
     elif method == gptq.QUANT_METHOD:
         skeleton = integration.meta_model(config, str(folder))
-        packed = gptq.read_packed(Weights(folder, gptq.weight_files(folder)), described, where, skeleton)
+        packed = gptq.read_packed(weights, described, where, skeleton)
     else:
         raise NotImplementedError(f"{where}: quant_method: expected lowbit or gptq, got {method!r}")
     config.quantization_config = native.quantization_config(packed.entries)
@@ -130,14 +132,24 @@ def quantization_config(folder: str | os.PathLike) -> tuple[dict | None, str]:
     return described, where
 
 
-def _transformers_config(folder: Path):
+def _transformers_config(folder: Path, tensors: int):
     import transformers
 
+    _check_depth(parse_json(folder / "config.json"), tensors, folder / "config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged configuration fails in its own way for every model type
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     return config
+
+
+def _check_depth(config: Mapping, tensors: int, where: Path) -> None:
+    """A layer costs memory even without weights, so a configuration may not claim more layers than tensors."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth(value, tensors, where)
+        elif key in _LAYER_COUNTS and isinstance(value, int) and value > tensors:
+            raise ValueError(f"{where}: {key}: expected at most the number of tensors, {tensors}, got {value}")
 
 
 def _config_json(model, described: Mapping | None) -> bytes:
