@@ -7,7 +7,7 @@ need no padding and no attention mask. The same data give the same windows on ev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def token_windows(
       by path
       - a list of texts
       - token ids: a tensor [T] or [n, T] of integers, a list of ids, or a list of such lists or tensors
-      - a dataset with `column_names` "input_ids" or "text" (Hugging Face `datasets`), or a list of such rows
+      - rows with a column "input_ids" or "text": a Hugging Face dataset, or any mapping or list of mappings
     tokenizer: one of transformers or tokenizers; needed for text. vocab_size: ids must be below it.
     max_windows: stop after so many; the rest of the data is not read.
 
@@ -66,29 +66,30 @@ def _sequences(data: Any, tokenizer: Any) -> Iterator[torch.Tensor]:
         if data.ndim not in (1, 2):
             raise ValueError(f"calibration: expected token ids of 1 or 2 dimensions, got {tuple(data.shape)}")
         yield _ids(data).flatten()
-    elif isinstance(data, dict) or not isinstance(data, Iterable):
-        raise TypeError(
-            f"calibration: expected texts, token ids, a path or a dataset, got {type(data).__name__}"
-        )
+    elif isinstance(data, Mapping):
+        yield from _sequences([data], tokenizer)
+    elif not isinstance(data, Iterable):
+        raise TypeError(f"calibration: expected texts, token ids, a path or a dataset, got {type(data).__name__}")
     elif isinstance(data, list | tuple) and data and all(_is_int(item) for item in data):
         yield _ids(data)
     else:
-        columns = getattr(data, "column_names", None)
-        if columns is not None and not {"text", "input_ids"} & set(columns):
-            raise ValueError(
-                f"calibration: expected a column named input_ids or text, got {', '.join(columns)}"
-            )
+        if (columns := getattr(data, "column_names", None)) is not None:
+            _check_columns(columns)
         for item in data:
-            if isinstance(item, dict):
-                item = item["input_ids"] if "input_ids" in item else item.get("text")
+            if isinstance(item, Mapping):
+                _check_columns(item)
+                item = item["input_ids"] if "input_ids" in item else item["text"]
             if isinstance(item, str):
                 yield _encode(item, tokenizer)
             elif isinstance(item, torch.Tensor | list | tuple):
                 yield _ids(item).flatten()
             else:
-                raise TypeError(
-                    f"calibration: expected texts or lists of token ids, got a {type(item).__name__}"
-                )
+                raise TypeError(f"calibration: expected texts or lists of token ids, got a {type(item).__name__}")
+
+
+def _check_columns(names: Iterable[str]) -> None:
+    if not {"text", "input_ids"} & set(names):
+        raise ValueError(f"calibration: expected a column named input_ids or text, got {', '.join(names)}")
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -111,9 +112,7 @@ def _encode(text: str, tokenizer: Any) -> torch.Tensor:
     elif hasattr(tokenizer, "encode"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
     else:
-        raise TypeError(
-            f"tokenizer: expected one of transformers or tokenizers, got {type(tokenizer).__name__}"
-        )
+        raise TypeError(f"tokenizer: expected one of transformers or tokenizers, got {type(tokenizer).__name__}")
     return torch.tensor(ids, dtype=torch.int64)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -80,20 +81,22 @@ def quantize(
     """Replaces the matrices of a model by packed ones, as a recipe says, in place.
 
     model: any module called with token ids int64 [batch, tokens]; a transformers model on its device, in
-    float32,
-        bfloat16 or float16, which is also the dtype of calibration. calibration: see `token_windows`; not
-        needed when every module is rounded to nearest. recipe: default Recipe(). context: tokens a window,
-        default the model's longest up to 2048. max_windows: use only the first so many. batch_size: windows a
-        forward pass. progress: told what happens.
+        float32, bfloat16 or float16, which is also the dtype of calibration
+    calibration: see `token_windows`; not needed when every module is rounded to nearest
+    recipe: a Recipe, a mapping of its fields, or None for the default one
+    tokenizer: for calibration by text
+    context: tokens a window; default the rows of a two-dimensional tensor of ids, else the model's longest up
+        to 2048
+    max_windows: calibrate on the first so many only
+    batch_size: windows a forward pass
+    progress: told what happens, see `Progress`
 
     Returns the report, which is also kept as `model._lowbit_report` for saving.
     ValueError or TypeError before anything is changed: recipe, rules or data that do not fit the model.
     Numbers never raise: a matrix that cannot be solved is rounded to nearest, and its row says why.
     """
     start = time.monotonic()
-    recipe = (
-        Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
-    )
+    recipe = Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
     progress = progress if progress is not None else Progress()
     plan = make_plan(model, recipe)
     windows = None
@@ -103,7 +106,7 @@ def quantize(
         windows = token_windows(
             calibration,
             tokenizer,
-            context=_default_context(model) if context is None else context,
+            context=_default_context(model, calibration) if context is None else context,
             vocab_size=_vocabulary(model),
             max_windows=max_windows,
         )
@@ -199,9 +202,11 @@ class _Run:
         modules = {name: self.model.get_submodule(name) for name in names if name in self.left}
         if not modules:
             return
-        groups = _shared_inputs(discover or forward, len(self.batches), modules)
+        groups, repeated = _shared_inputs(discover or forward, len(self.batches), modules)
         for stage in self._stages(groups) if self.recipe.true_sequential else [groups]:
-            hessians = self._hessians(forward, stage, modules)
+            # Nothing after the only input that is wanted has to run.
+            early = len(stage) == 1 and stage[0][0] not in repeated
+            hessians = self._hessians(forward, stage, modules, early)
             for group in stage:
                 self._solve(group, hessians.pop(group[0]))
 
@@ -245,9 +250,7 @@ class _Run:
             spec, group_size = planned.spec, planned.spec.group_size_for(planned.shape[1])
             options = (spec.damp, spec.order, group_size)
             if options not in factors:
-                factors[options] = prepare_factor(
-                    matrix, damp=spec.damp, order=spec.order, group_size=group_size
-                )
+                factors[options] = prepare_factor(matrix, damp=spec.damp, order=spec.order, group_size=group_size)
             weight, mended = _finite(weight_matrix(self.model.get_submodule(name)))
             solution = solve(
                 weight,
@@ -273,9 +276,7 @@ class _Run:
             }
             self._pack(planned, solution.packed, figures, time.monotonic() - begin)
 
-    def _pack(
-        self, planned: PlannedModule, packed: PackedMatrix, figures: dict[str, Any], seconds: float
-    ) -> None:
+    def _pack(self, planned: PlannedModule, packed: PackedMatrix, figures: dict[str, Any], seconds: float) -> None:
         patch(self.model, dict.fromkeys(planned.names, packed), activations=planned.spec.activations)
         del self.left[planned.name]
         self.packed_bytes += packed.nbytes
@@ -313,25 +314,25 @@ class _Run:
 
     def _without_list_indices(self, name: str) -> str:
         parts = name.split(".")
-        lists = [
-            isinstance(self.model.get_submodule(".".join(parts[:i])), nn.ModuleList)
-            for i in range(len(parts))
-        ]
+        lists = [isinstance(self.model.get_submodule(".".join(parts[:i])), nn.ModuleList) for i in range(len(parts))]
         return ".".join("*" if inside else part for part, inside in zip(parts, lists, strict=True))
 
     def _hessians(
-        self, forward: Callable[[int], object], stage: list[list[str]], modules: dict[str, nn.Module]
+        self,
+        forward: Callable[[int], object],
+        stage: list[list[str]],
+        modules: dict[str, nn.Module],
+        stop_early: bool,
     ) -> dict[str, Hessian]:
         """The Hessian of every group of a stage, by the name of its first module."""
         hessians = {group[0]: Hessian(self.left[group[0]].shape[1]) for group in stage}
-        alone = len(stage) == 1
 
         def add_input(name: str):
             def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
                 x = _input(args, kwargs)
                 if x.numel():
                     hessians[name].add(x)
-                if alone:
+                if stop_early:
                     stop()
 
             return hook
@@ -346,10 +347,12 @@ class _Run:
 
 def _shared_inputs(
     forward: Callable[[int], object], batches: int, modules: dict[str, nn.Module]
-) -> list[list[str]]:
-    """Modules grouped by the tensor that they read, groups in order of execution. Modules that are never
-    reached are in no group; batches are run until all have been (experts) or there are no more."""
+) -> tuple[list[list[str]], set[str]]:
+    """Modules grouped by the tensor that they read, groups in order of execution, and the modules that read several
+    tensors in one forward pass, each a group of its own. Modules that are never reached are in no group; batches
+    are run until all have been (experts) or there are no more."""
     groups: list[list[str]] = []
+    repeated: set[str] = set()
     missing = set(modules)
     for batch in range(batches):
         # The inputs stay alive until the batch is through, so that no address is met twice.
@@ -359,8 +362,7 @@ def _shared_inputs(
             def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
                 x = _input(args, kwargs)
                 if x.numel():
-                    key = (x.data_ptr(), x.shape, x.stride())
-                    calls.setdefault(key, (x, []))[1].append(name)
+                    calls.setdefault((x.data_ptr(), x.shape, x.stride()), (x, []))[1].append(name)
 
             return hook
 
@@ -368,22 +370,18 @@ def _shared_inputs(
             for name, module in modules.items():
                 add(module.register_forward_pre_hook(note(name), with_kwargs=True))
             forward(batch)
-        counts: dict[str, int] = {}
-        for _, names in calls.values():
-            for name in names:
-                counts[name] = counts.get(name, 0) + 1
-        for _, names in calls.values():
-            # A module that reads several tensors has a Hessian of its own, of all of them.
-            shared = [n for n in names if counts[n] == 1 and n in missing]
-            groups += [shared] if shared else []
-            for name in names:
-                if counts[name] > 1 and name in missing:
-                    groups.append([name])
-                    missing.discard(name)
-            missing -= set(shared)
+        readers = [names for _, names in calls.values()]
+        counts = Counter(name for names in readers for name in names)
+        repeated |= {name for name, count in counts.items() if count > 1}
+        for names in readers:
+            new = [name for name in dict.fromkeys(names) if name in missing]
+            alone = [[name] for name in new if name in repeated]
+            shared = [name for name in new if name not in repeated]
+            groups += [*([shared] if shared else []), *alone]
+            missing -= set(new)
         if not missing:
             break
-    return groups
+    return groups, repeated
 
 
 def _input(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -395,11 +393,7 @@ def _finite(weight: torch.Tensor) -> tuple[torch.Tensor, str | None]:
     infinite or none have no code nearest to them."""
     weight = weight.contiguous()
     bad = weight.numel() - int(weight.isfinite().sum())
-    return (
-        (weight.nan_to_num(0.0, 0.0, 0.0), f"{bad} weights are not finite, taken as 0")
-        if bad
-        else (weight, None)
-    )
+    return (weight.nan_to_num(0.0, 0.0, 0.0), f"{bad} weights are not finite, taken as 0") if bad else (weight, None)
 
 
 def _joined(*reasons: str | None) -> str | None:
@@ -450,7 +444,9 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _default_context(model: nn.Module) -> int:
+def _default_context(model: nn.Module, calibration: Any) -> int:
+    if isinstance(calibration, torch.Tensor) and calibration.ndim == 2:
+        return calibration.shape[1]
     longest = getattr(_text_config(model), "max_position_embeddings", None)
     return min(longest, MAX_DEFAULT_CONTEXT) if longest else MAX_DEFAULT_CONTEXT
 
@@ -477,11 +473,9 @@ def _forward_call(model: nn.Module) -> tuple[Callable[..., object], dict[str, An
 @contextmanager
 def _calibration_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without caches; as before afterwards."""
-    training = [(m, m.training) for m in model.modules()]
+    training = {name: m.training for name, m in model.named_modules()}  # by name: modules are replaced meanwhile
     config = getattr(model, "config", None)
-    configs = [
-        c for c in {id(c): c for c in (config, _text_config(model))}.values() if hasattr(c, "use_cache")
-    ]
+    configs = [c for c in {id(c): c for c in (config, _text_config(model))}.values() if hasattr(c, "use_cache")]
     caches = [(c, c.use_cache) for c in configs]
     model.eval()
     for c in configs:
@@ -491,5 +485,5 @@ def _calibration_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for c, use_cache in caches:
             c.use_cache = use_cache
-        for module, mode in training:
-            module.training = mode
+        for name, mode in training.items():
+            model.get_submodule(name).training = mode

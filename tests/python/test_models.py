@@ -1,0 +1,193 @@
+"""Finding and exchanging the matrices of models, by type and structure alone."""
+
+import lowbit
+import pytest
+import torch
+from lowbit.models import find_blocks, find_targets, has_matrix, patch, replace_module, weight_matrix
+from torch import nn
+
+pytest.importorskip("transformers")
+from tiny_models import ARCHITECTURES, build, outputs, relative_error, token_ids
+
+BLOCKS = {
+    "gpt2": ["transformer.h.0", "transformer.h.1"],
+    "falcon": ["transformer.h.0", "transformer.h.1"],
+    "opt": ["model.decoder.layers.0", "model.decoder.layers.1"],
+    "gpt_neox": ["gpt_neox.layers.0", "gpt_neox.layers.1"],
+    "bert": ["encoder.layer.0", "encoder.layer.1"],
+    "bert_mlm": ["bert.encoder.layer.0", "bert.encoder.layer.1"],
+    "albert": ["encoder.albert_layer_groups.0"],
+    "t5": ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"],
+}
+LINEARS_IN_A_BLOCK = {
+    "phi": 6,
+    "opt": 6,
+    "gpt2": 4,
+    "gpt_neox": 4,
+    "falcon": 4,
+    "bert": 6,
+    "bert_mlm": 6,
+    "albert": 6,
+    "mixtral": 4,
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_and_their_linear_layers(architecture):
+    model = build(architecture)
+    blocks = find_blocks(model)
+    assert list(blocks) == BLOCKS.get(architecture, ["model.layers.0", "model.layers.1"])
+    first = next(iter(blocks))
+    inside = [t for t in find_targets(model) if t.kind == "linear" and t.name.startswith(f"{first}.")]
+    assert len(inside) == LINEARS_IN_A_BLOCK.get(architecture, 6 if architecture == "t5" else 7)
+    for target in find_targets(model):
+        expected = [m for m in model.modules() if has_matrix(m) and m.weight is target.module.weight]
+        assert len(target.names) >= len(expected) >= 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kinds_of_the_tables_and_of_the_head(architecture):
+    model = build(architecture)
+    kinds = {name: kind for t in find_targets(model) for name, kind in zip(t.names, t.kinds, strict=True)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    assert all(kinds[n] == "embedding" for n, m in modules.items() if m is model.get_input_embeddings())
+    head = model.get_output_embeddings()
+    assert [n for n, k in kinds.items() if k == "head"] == [n for n, m in modules.items() if m is head]
+
+
+def test_a_tied_table_is_one_target():
+    tied = next(t for t in find_targets(build("qwen3")) if t.is_table)
+    assert (tied.names, tied.kinds) == (("model.embed_tokens", "lm_head"), ("embedding", "head"))
+    untied = [t.names for t in find_targets(build("llama")) if t.kind in ("embedding", "head")]
+    assert untied == [("model.embed_tokens",), ("lm_head",)]
+
+
+def test_every_matrix_patched_keeps_the_model():
+    """8 bits change little: what a module did beside its product (scale, bias, transposition) is kept."""
+    ids = token_ids(2)
+    for architecture in ("gemma", "gpt2", "falcon", "bert_mlm", "opt"):
+        model = build(architecture)
+        reference = outputs(model, ids)
+        for target in find_targets(model):
+            if target.obstacle is None:
+                packed = lowbit.PackedMatrix.from_float(weight_matrix(target.module).contiguous(), "int8", 32)
+                patch(model, dict.fromkeys(target.names, packed))
+        assert not any(has_matrix(m) for m in model.modules() if not type(m).__name__.startswith("OPT"))
+        assert relative_error(outputs(model, ids), reference) < 0.05, architecture
+
+
+def test_a_patched_tied_table_stays_one():
+    model = build("qwen3")
+    packed = lowbit.PackedMatrix.from_float(model.lm_head.weight.detach(), "int4", 32)
+    patch(model, {"model.embed_tokens": packed, "lm_head": packed})
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr() == packed.codes.data_ptr()
+    assert torch.equal(model.model.embed_tokens(torch.tensor([3]))[0], packed.unpack(rows=slice(3, 4))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["gemma", "gemma2"])
+def test_a_scaled_embedding_keeps_its_scale(architecture, dtype):
+    model = build(architecture, dtype)
+    old, ids = model.get_input_embeddings(), torch.arange(8)
+    packed = lowbit.PackedMatrix.from_float(old.weight.detach(), "int8", 16)
+    patch(model, {"model.embed_tokens": packed})
+    with torch.no_grad():
+        old.weight.copy_(packed.unpack(dtype))
+        assert torch.equal(model.get_input_embeddings()(ids), old(ids))
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Renamed(nn.Linear):
+    def forward(self, input):
+        return input @ self.weight.T + self.bias
+
+
+class Wants(nn.Linear):
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+def test_only_what_behaves_like_its_base_class_is_replaced():
+    model = nn.ModuleDict(
+        {
+            "shifted": Shifted(32, 32),
+            "renamed": Renamed(32, 32),
+            "wants": Wants(32, 32),
+            "attention": nn.MultiheadAttention(32, 2),
+            "bounded": nn.Embedding(32, 32, max_norm=1.0),
+            "parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)),
+            "meta": nn.Linear(32, 32, device="meta"),
+        }
+    )
+    obstacles = {t.name: t.obstacle for t in find_targets(model)}
+    assert obstacles.pop("renamed") is None
+    assert "forward of its own" in obstacles["shifted"] and "forward of its own" in obstacles["wants"]
+    assert "MultiheadAttention" in obstacles["attention.out_proj"]
+    assert "max_norm" in obstacles["bounded"]
+    assert "parametrized" in obstacles["parametrized"]
+    assert "meta" in obstacles["meta"]
+
+
+def test_what_a_model_keeps_in_float32_stays():
+    obstacles = {t.name: t.obstacle for t in find_targets(build("t5"))}
+    assert obstacles["encoder.block.0.layer.1.DenseReluDense.wo"] == "the model keeps it in float32"
+    assert obstacles["encoder.block.0.layer.1.DenseReluDense.wi"] is None
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+
+class TowerBlock(Block):
+    pass
+
+
+def test_the_list_with_most_weights_is_the_one_of_blocks():
+    model = nn.Module()
+    model.tower = nn.ModuleList([TowerBlock(16) for _ in range(3)])
+    model.heads = nn.ModuleList([nn.Linear(64, 64) for _ in range(9)])
+    model.inner = nn.Module()
+    model.inner.layers = nn.Sequential(*[Block(64) for _ in range(2)])
+    assert list(find_blocks(model)) == ["inner.layers.0", "inner.layers.1"]
+    kinds = {t.name: t.kind for t in find_targets(model)}
+    assert kinds["inner.layers.0.up"] == "linear"
+    assert kinds["tower.0.up"] == kinds["heads.0"] == "other"
+
+
+def test_a_model_without_blocks():
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 50))
+    assert find_blocks(model) == {}
+    assert [t.kind for t in find_targets(model)] == ["embedding", "linear", "linear", "head"]
+
+
+def test_one_module_under_two_names_stays_one():
+    model = nn.Module()
+    model.a = model.b = nn.Linear(32, 32)
+    [target] = find_targets(model)
+    assert target.names == ("a", "b")
+    packed = lowbit.PackedMatrix.from_float(model.a.weight.detach(), "int4", 32)
+    patch(model, dict.fromkeys(target.names, packed))
+    assert model.a is model.b and model.a.packed.equal(packed)
+
+
+def test_patch_keeps_bias_and_mode_and_refuses_what_does_not_fit():
+    model = nn.ModuleDict({"a": nn.Linear(32, 48), "norm": nn.LayerNorm(32)}).eval()
+    bias = model["a"].bias
+    packed = lowbit.PackedMatrix.from_float(model["a"].weight.detach(), "int4", 32)
+    with pytest.raises(ValueError, match=r"norm: expected a linear layer"):
+        patch(model, {"a": packed, "norm": packed})
+    assert isinstance(model["a"], nn.Linear)  # nothing is replaced unless everything can be
+    with pytest.raises(ValueError, match=r"a: expected a packed matrix of shape \(48, 32\)"):
+        patch(model, {"a": lowbit.PackedMatrix.from_float(torch.ones(32, 32), "int4")})
+    with pytest.raises(AttributeError):
+        patch(model, {"b": packed})
+    patch(model, {"a": packed}, activations="int8")
+    assert model["a"].bias is bias and not model["a"].training and model["a"].activations == "int8"
+    with pytest.raises(AttributeError):
+        replace_module(model, "b", nn.Identity())
