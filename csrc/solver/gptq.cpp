@@ -5,9 +5,8 @@
 #include <atomic>
 #include <cinttypes>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <utility>
 
 #include "api/status.h"
 #include "dispatch/parallel.h"
@@ -22,17 +21,30 @@ namespace {
 constexpr int64_t kPanelLaneGroups = 4;
 constexpr int64_t kMaxDimension = int64_t(1) << 31;
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
+// Memory of lowbit_alloc: huge pages, because a panel walks the whole factor.
 template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) : bytes_(size_t(count) * sizeof(T)), data_(static_cast<T*>(lowbit_alloc(bytes_))) {}
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(bytes_, other.bytes_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() {
+    if (data_) lowbit_free(data_, bytes_);
+  }
 
-template <class T>
-Buffer<T> allocate(int64_t count) {
-  const size_t bytes = (size_t(count > 0 ? count : 1) * sizeof(T) + 63) / 64 * 64;
-  return Buffer<T>(static_cast<T*>(std::aligned_alloc(64, bytes)));
-}
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+  explicit operator bool() const { return data_ != nullptr; }
+
+ private:
+  size_t bytes_ = 0;
+  T* data_ = nullptr;
+};
 
 // Everything about one call but its pointers, normalised.
 struct Problem {
@@ -125,20 +137,35 @@ lowbit_status check_diagonal(const Problem& problem, const float* factor) {
   return LOWBIT_OK;
 }
 
-// Strips of 16 columns, rows above and on the diagonal; columns beyond cols are those of the identity.
+// Strips of 16 columns, rows above and on the diagonal; columns beyond cols are those of the identity. Copied in
+// squares of 16 x 16, row of squares by row of squares, so that the factor is read as it lies in memory.
 void pack_factor(const Problem& problem, const float* factor, float* strips) {
-  const int64_t cols = problem.cols;
-  parallel_for(problem.strips, 1, cols < 256, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      float* strip = strips + strip_offset(s);
-      const int64_t first = s * kStripCols;
-      for (int64_t i = 0; i < first + kStripCols; ++i)
-        for (int64_t c = 0; c < kStripCols; ++c) {
-          const int64_t j = first + c;
-          strip[i * kStripCols + c] = i > j ? 0.0f : j < cols ? factor[i * cols + j] : i == j ? 1.0f : 0.0f;
-        }
-    }
-  });
+  struct Work {
+    int64_t cols, strips;
+    const float* factor;
+    float* out;
+  } work{problem.cols, problem.strips, factor, strips};
+  const int64_t threads = problem.cols < 512 ? 1 : executor_threads();
+  run_parts(
+      int(threads < problem.strips ? threads : problem.strips),
+      [](void* argument, int index, int parts) {
+        const Work& w = *static_cast<const Work*>(argument);
+        for (int64_t above = index; above < w.strips; above += parts)  // rows 16 * above ..., interleaved: they shorten
+          for (int64_t s = above; s < w.strips; ++s) {
+            float* square = w.out + strip_offset(s) + above * kStripCols * kStripCols;
+            const bool whole = s > above && (s + 1) * kStripCols <= w.cols;
+            for (int64_t r = 0; r < kStripCols; ++r) {
+              const int64_t i = above * kStripCols + r;
+              float* row = square + r * kStripCols;
+              for (int64_t c = 0; c < kStripCols && !whole; ++c) {
+                const int64_t j = s * kStripCols + c;
+                row[c] = i <= j && j < w.cols ? w.factor[i * w.cols + j] : i == j ? 1.0f : 0.0f;
+              }
+              if (whole) memcpy(row, w.factor + i * w.cols + s * kStripCols, kStripCols * sizeof(float));
+            }
+          }
+      },
+      &work);
 }
 
 // One thread's buffers: a panel, transposed.
@@ -149,12 +176,12 @@ struct PanelBuffers {
   Buffer<int64_t> pushed;
 
   PanelBuffers(const Problem& problem, int64_t lane_groups)
-      : weight(allocate<float>(lane_groups * kSolverLanes * problem.strips * kStripCols)),
-        scales(allocate<float>(lane_groups * kSolverLanes * problem.groups)),
-        zeros(allocate<float>(lane_groups * kSolverLanes * problem.groups)),
-        codes(allocate<uint8_t>(lane_groups * kSolverLanes * problem.strips * kStripCols)),
-        loss(allocate<double>(lane_groups * kSolverLanes)),
-        pushed(allocate<int64_t>(problem.strips)) {}
+      : weight(lane_groups * kSolverLanes * problem.strips * kStripCols),
+        scales(lane_groups * kSolverLanes * problem.groups),
+        zeros(lane_groups * kSolverLanes * problem.groups),
+        codes(lane_groups * kSolverLanes * problem.strips * kStripCols),
+        loss(lane_groups * kSolverLanes),
+        pushed(problem.strips) {}
 
   explicit operator bool() const { return weight && scales && zeros && codes && loss && pushed; }
 };
@@ -265,7 +292,7 @@ extern "C" lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, i
   if (lowbit_status status = select<Verb::solve>(0, &kernel)) return status;
   Buffer<float> strips;
   if (factor) {
-    strips = allocate<float>(strip_offset(problem.strips));
+    strips = Buffer<float>(strip_offset(problem.strips));
     if (!strips) return fail(LOWBIT_OUT_OF_MEMORY, "gptq: no memory for a factor of %" PRId64 " columns", cols);
     pack_factor(problem, factor, strips.get());
   }
