@@ -67,6 +67,15 @@ class PackedModule(nn.Module):
         self._clear()
         return held
 
+    def _apply(self, fn, recurse=True):
+        # A cast (half(), to(bfloat16)) is meant for activations and float weights: packed scales move with the module
+        # but keep the values that their codes were chosen for.
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
     def _clear(self) -> None:
         self.layout: Layout | None = None
         for name in ("weight", *_SIDE_TENSORS):
@@ -155,6 +164,10 @@ class Embedding(PackedModule):
         module = cls(packed.rows, packed.cols, padding_idx, dtype, embed_scale)
         module.load(packed)
         return module
+
+    def _apply(self, fn, recurse=True):
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # what a cast makes of the outputs
+        return super()._apply(fn, recurse)
 
     def forward(self, ids: Tensor) -> Tensor:
         layout = self.layout

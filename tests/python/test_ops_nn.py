@@ -121,8 +121,21 @@ def test_modules_copy_and_move():
     clone.load_state_dict(state)
     assert torch.equal(clone(x), module(x))
     assert torch.equal(module.to("cpu")(x), clone(x))
-    module.half()  # scales follow the module's dtype, codes stay bytes
-    assert module.weight.dtype == torch.uint8 and module(x.half()).dtype == torch.float16
+
+
+def test_a_cast_changes_outputs_and_not_the_packed_weight():
+    packed = random_matrix(24, 64, "int4", 32, scale_dtype=torch.float32)
+    linear, embedding = Linear.from_packed(packed, torch.randn(24)), Embedding.from_packed(packed)
+    weight = packed.unpack()
+    for cast, dtype in ((torch.nn.Module.half, torch.float16), (torch.nn.Module.bfloat16, torch.bfloat16)):
+        cast(linear), cast(embedding)
+        assert linear.weight.dtype == torch.uint8 and linear.weight_scale.dtype == torch.float32
+        assert linear.bias.dtype == dtype and torch.equal(linear.packed.unpack(), weight)
+        assert linear(torch.randn(2, 64, dtype=dtype)).dtype == dtype
+        assert torch.equal(embedding(torch.tensor([3])), weight[[3]].to(dtype))
+    assert embedding.double().dtype == torch.float64  # which gather refuses, by name
+    with pytest.raises(TypeError, match="dtype: expected one of"):
+        embedding(torch.tensor([3]))
 
 
 def test_bad_bias_and_activations():
