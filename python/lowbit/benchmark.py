@@ -103,19 +103,15 @@ def _copies(name: str, plan: Plan) -> list[PackedMatrix]:
     scales = (torch.rand(rows, groups, generator=generator) / 100 + 0.001).half()
     first = PackedMatrix.from_codes(codes, scales, format=name, group_size=plan.group_size)
     copies = [first]
-    while sum(matrix.nbytes for matrix in copies) < plan.rotate_bytes:
+    for _ in range(1, -(-plan.rotate_bytes // first.nbytes)):
         memory = empty_codes(rows, first.codes.shape[1]).copy_(first.codes)
         copies.append(
-            PackedMatrix(
-                memory, scales.clone(), format=name, cols=cols, group_size=plan.group_size, validate=False
-            )
+            PackedMatrix(memory, scales.clone(), format=name, cols=cols, group_size=plan.group_size, validate=False)
         )
     return copies
 
 
-def _calls(
-    verb: str, matrices: list[PackedMatrix], tokens: int, plan: Plan
-) -> tuple[list[Callable[[], Any]], int]:
+def _calls(verb: str, matrices: list[PackedMatrix], tokens: int, plan: Plan) -> tuple[list[Callable[[], Any]], int]:
     """Thunks to call in turn, one a matrix, and the bytes that one of them touches."""
     generator = torch.Generator().manual_seed(tokens)
     rows, cols = plan.shape
@@ -124,9 +120,7 @@ def _calls(
         return [lambda w=w: w.matmul(x, activations=plan.activations) for w in matrices], matrices[0].nbytes
     out = torch.empty(tokens, cols, dtype=plan.dtype)
     ids = [torch.randint(rows, (tokens,), generator=generator) for _ in matrices]
-    calls = [
-        lambda w=w, i=i: w.gather(i, dtype=plan.dtype, out=out) for w, i in zip(matrices, ids, strict=True)
-    ]
+    calls = [lambda w=w, i=i: w.gather(i, dtype=plan.dtype, out=out) for w, i in zip(matrices, ids, strict=True)]
     return calls, tokens * matrices[0].nbytes // rows + out.nbytes
 
 

@@ -156,15 +156,9 @@ def gpu(library_folder: Path) -> dict[str, Any]:
     built = (library_folder / "liblowbit_cuda.so").is_file()
     devices, problem = _cuda_devices()
     if problem:
-        state = problem
-    elif built:
-        state = f"{', '.join(devices)}: ready"
+        state = problem if built else f"{problem}; CUDA library not built"
     else:
-        state = (
-            f"{', '.join(devices)} found, but this build of lowbit has no CUDA library (liblowbit_cuda.so)"
-        )
-    if problem and not built:
-        state += "; CUDA library not built"
+        state = ", ".join(devices) + (": ready" if built else " found, but CUDA library not built")
     return {"library": built, "devices": devices, "usable": built and bool(devices), "state": state}
 
 
@@ -199,17 +193,11 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
             f"cores: {', '.join(facts['openmp'])}"
         )
     if facts["huge_pages"] == "never":
-        warnings.append(
-            "transparent huge pages are off: reading weights from memory can be up to three times slower"
-        )
+        warnings.append("transparent huge pages are off: reading weights from memory can be up to three times slower")
     if native.get("threads", 0) > facts["cpu"]["available"]:
-        warnings.append(
-            f"{native['threads']} threads for {facts['cpu']['available']} CPUs: set OMP_NUM_THREADS"
-        )
+        warnings.append(f"{native['threads']} threads for {facts['cpu']['available']} CPUs: set OMP_NUM_THREADS")
     if facts["packages"]["transformers"] is None:
-        warnings.append(
-            "transformers is not installed: quantizing and running models needs `pip install 'lowbit[hf]'`"
-        )
+        warnings.append("transformers is not installed: quantizing and running models needs `pip install 'lowbit[hf]'`")
     if sys.platform != "linux":
         warnings.append(f"{sys.platform} is not tested; Linux is")
     return warnings

@@ -15,9 +15,7 @@ class TableModel(torch.nn.Module):
     def __init__(self, vocabulary=11, seed=0, dtype=torch.float32, max_position_embeddings=16):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.table = torch.nn.Parameter(
-            3 * torch.randn(vocabulary, vocabulary, generator=generator, dtype=dtype)
-        )
+        self.table = torch.nn.Parameter(3 * torch.randn(vocabulary, vocabulary, generator=generator, dtype=dtype))
         self.register_buffer("slope", torch.randn(vocabulary, generator=generator, dtype=dtype) / 5)
         self.config = SimpleNamespace(max_position_embeddings=max_position_embeddings, vocab_size=vocabulary)
         self.seen = []
@@ -127,9 +125,7 @@ def test_training_mode_comes_back():
 
 def test_progress_reports_every_window():
     seen = []
-    ev.evaluate(
-        TableModel(), torch.zeros(10, dtype=torch.int64), context=4, progress=lambda *p: seen.append(p)
-    )
+    ev.evaluate(TableModel(), torch.zeros(10, dtype=torch.int64), context=4, progress=lambda *p: seen.append(p))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -159,9 +155,7 @@ def test_default_context():
 
 
 def test_model_bytes_counts_a_shared_table_once():
-    tied = torch.nn.ModuleDict(
-        {"embed": torch.nn.Embedding(10, 4), "head": torch.nn.Linear(4, 10, bias=False)}
-    )
+    tied = torch.nn.ModuleDict({"embed": torch.nn.Embedding(10, 4), "head": torch.nn.Linear(4, 10, bias=False)})
     assert ev.model_bytes(tied) == 2 * 10 * 4 * 4
     tied["head"].weight = tied["embed"].weight
     assert ev.model_bytes(tied) == 10 * 4 * 4

@@ -32,9 +32,7 @@ def a_report(modules=None, **more):
         "version": "0.1.0",
         "recipe": {"bits": 4, "damp": 0.01, "rules": {"lm_head": "skip"}},
         "calibration": {"source": "some text", "tokens": 4096, "context": 512},
-        "modules": [
-            module(f"model.layers.{i}.mlp.{m}", 0.01 * (i + 1)) for i in range(3) for m in ("up", "down")
-        ]
+        "modules": [module(f"model.layers.{i}.mlp.{m}", 0.01 * (i + 1)) for i in range(3) for m in ("up", "down")]
         if modules is None
         else modules,
         "totals": {
@@ -114,9 +112,7 @@ def test_missing_figures_are_dashes():
 
 def test_fallbacks_and_evaluation_are_shown():
     evaluation = {"perplexity": 8.4, "reference_perplexity": 8.31, "kl_divergence": 0.0081}
-    page = report.to_html(
-        a_report([module("model.layers.0.q", fallback="too few tokens")], evaluation=evaluation)
-    )
+    page = report.to_html(a_report([module("model.layers.0.q", fallback="too few tokens")], evaluation=evaluation))
     assert "too few tokens" in page
     assert "8.4" in page and "from 8.31" in page and "0.0081" in page
 
@@ -136,9 +132,7 @@ def test_chart_has_a_line_a_kind_and_a_point_a_module():
 
 
 def test_chart_joins_experts_into_one_kind():
-    modules = [
-        module(f"model.layers.{i}.mlp.experts.{e}.up", 0.01 + e / 100) for i in range(2) for e in range(5)
-    ]
+    modules = [module(f"model.layers.{i}.mlp.experts.{e}.up", 0.01 + e / 100) for i in range(2) for e in range(5)]
     root = ET.fromstring(report.error_chart(modules))
     assert len(root.findall("polyline")) == 1
     assert len(root.findall("circle")) == 10

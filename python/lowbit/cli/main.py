@@ -25,6 +25,9 @@ _BAD_INPUT_ERRORS = (
     IsADirectoryError,
 )
 
+# Options that take several files, as a shell's *.txt gives them; typer knows one value an option.
+_FILE_OPTIONS = ("--calibration", "--text")
+
 # Folders of the installed package that build systems ask for.
 _FOLDERS = {"--cmakedir": "lib/cmake/lowbit", "--pkgconfigdir": "lib/pkgconfig"}
 
@@ -85,7 +88,7 @@ def _run(argv: list[str]) -> int:
     try:
         # make_context and invoke instead of command(): that would exit the process and print errors its own
         # way.
-        with command.make_context("lowbit", argv or ["--help"]) as context:
+        with command.make_context("lowbit", _repeat_file_options(argv) or ["--help"]) as context:
             command.invoke(context)
     except typer.Exit as exit_:
         return exit_.exit_code
@@ -99,6 +102,25 @@ def _run(argv: list[str]) -> int:
         print(f"error: {_describe(error)}", file=sys.stderr)
         return BAD_INPUT if _is_bad_input(error) else FAILURE
     return 0
+
+
+def _repeat_file_options(argv: list[str]) -> list[str]:
+    """`MODEL --text a b` becomes `MODEL --text a --text b`. Only behind the model: else the last word is it."""
+    if len(argv) < 2 or argv[1].startswith("-"):
+        return argv
+    spread: list[str] = []
+    option = None
+    for index, word in enumerate(argv):
+        if word == "--":
+            return spread + argv[index:]
+        if word.startswith("-"):
+            option = word if word in _FILE_OPTIONS else None
+            spread.append(word)
+        elif option is not None and spread[-1] != option:
+            spread += [option, word]
+        else:
+            spread.append(word)
+    return spread
 
 
 def _is_bad_input(error: Exception) -> bool:

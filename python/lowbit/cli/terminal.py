@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -31,10 +32,8 @@ class Terminal:
     """Output of one run of one command."""
 
     def __init__(self, json: bool) -> None:
-        from rich.console import Console
-
         self.json = json
-        self.console = Console(stderr=json, highlight=False, emoji=False, markup=False)
+        self.console = _Console(stderr=json, highlight=False, emoji=False, markup=False)
         self.live = self.console.is_terminal
 
     def print(self, text: str = "", style: str | None = None) -> None:
@@ -78,6 +77,12 @@ class Terminal:
             yield progress
         finally:
             progress.close()
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would end the process here; main() has an exit code for a reader that goes away.
+        raise BrokenPipeError
 
 
 class StreamTable:

@@ -1,0 +1,135 @@
+"""What `lowbit doctor` finds out, on this machine and on made-up ones."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lowbit import _C, doctor
+from lowbit.cli.main import main
+
+MAPS = """\
+7f0000000000-7f0000001000 r--p 00000000 08:01 11    /usr/lib/libc.so.6
+7f0000001000-7f0000002000 r-xp 00000000 08:01 12    /env/torch/lib/libgomp-24e2ab19.so.1.0.0
+7f0000002000-7f0000003000 r--p 00001000 08:01 12    /env/torch/lib/libgomp-24e2ab19.so.1.0.0
+7f0000003000-7f0000004000 r--p 00000000 08:01 13    /usr/lib/libgompertz.so
+7f0000004000-7f0000005000 rw-p 00000000 00:00 0
+"""
+
+
+def test_this_machine():
+    facts = doctor.examine()
+    native = facts["native"]
+    assert native["version"] == _C.__version__
+    assert native["compiler"].split()[0] in ("gcc", "clang")
+    assert facts["packages"]["torch"] == torch.__version__
+    assert facts["cpu"]["available"] == len(os.sched_getaffinity(0))
+    names = {row["name"] for row in native["table"]}
+    for verb in ("matmul", "gather"):
+        assert set(native["kernels"][verb]) == {"int2", "int3", "int4", "int8"}
+    assert {kernel for chosen in native["kernels"].values() for kernel in chosen.values()} <= names
+    json.dumps(facts)
+
+
+def test_one_openmp_runtime_in_this_process():
+    torch.ones(8).sum()
+    assert len(doctor.openmp_runtimes(doctor.Path("/proc/self/maps"))) == 1
+
+
+def test_openmp_runtimes_are_told_apart(tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_text(MAPS)
+    assert doctor.openmp_runtimes(maps) == ["/env/torch/lib/libgomp-24e2ab19.so.1.0.0"]
+    for name, inode in (("libgomp.so.1", 14), ("libiomp5.so", 15), ("libomp.so", 16)):
+        maps.write_text(f"{maps.read_text()}7f10-7f20 r-xp 00000000 08:01 {inode}  /usr/lib/{name}\n")
+    assert len(doctor.openmp_runtimes(maps)) == 4
+    assert doctor.openmp_runtimes(tmp_path / "missing") == []
+
+
+def test_warnings():
+    facts = doctor.examine()
+    assert not any("OpenMP" in warning for warning in facts["warnings"])
+    facts["openmp"] = ["/a/libgomp.so.1", "/b/libiomp5.so"]
+    facts["huge_pages"] = "never"
+    facts["packages"]["transformers"] = None
+    facts["native"]["threads"] = facts["cpu"]["available"] + 1
+    warnings = "\n".join(doctor._warnings(facts))
+    for part in ("2 OpenMP runtimes", "/b/libiomp5.so", "huge pages are off", "OMP_NUM_THREADS", "lowbit[hf]"):
+        assert part in warnings
+
+
+def test_summary():
+    facts = doctor.examine()
+    facts["native"] |= {"cpu_features": "avx2 fma avx512f avx512vnni", "forced_isa": None, "threads": 1}
+    facts["gpu"]["usable"] = False
+    assert doctor.summary(facts) == "AVX-512 VNNI · 1 thread · no GPU"
+    facts["native"] |= {"cpu_features": "avx2 fma", "forced_isa": "ref", "isa": "ref", "threads": 2}
+    assert doctor.summary(facts) == "AVX2 (held to ref by LOWBIT_ISA) · 2 threads · no GPU"
+    facts["native"] = {"error": "ImportError: gone"}
+    assert doctor.summary(facts) == "the native library cannot be used: ImportError: gone"
+
+
+NO_DRIVER = "no NVIDIA driver (libcuda.so.1 not found)"
+NOT_BUILT = "CUDA library not built"
+
+
+@pytest.mark.parametrize(
+    "found, built, state, usable",
+    [
+        (([], NO_DRIVER), False, f"{NO_DRIVER}; {NOT_BUILT}", False),
+        (([], "NVIDIA driver without a device"), True, "NVIDIA driver without a device", False),
+        ((["H200"], None), False, f"H200 found, but {NOT_BUILT}", False),
+        ((["H200", "H200"], None), True, "H200, H200: ready", True),
+    ],
+)
+def test_gpu_in_words(monkeypatch, tmp_path, found, built, state, usable):
+    monkeypatch.setattr(doctor, "_cuda_devices", lambda: found)
+    if built:
+        (tmp_path / "liblowbit_cuda.so").touch()
+    assert doctor.gpu(tmp_path) == {"library": built, "devices": found[0], "usable": usable, "state": state}
+
+
+@pytest.mark.parametrize(
+    "setting, chosen", [("always [madvise] never\n", "madvise"), ("[never]", "never"), ("", "unknown")]
+)
+def test_huge_page_setting(tmp_path, setting, chosen):
+    (tmp_path / "enabled").write_text(setting)
+    assert doctor._huge_pages(tmp_path / "enabled") == chosen
+    assert doctor._huge_pages(tmp_path / "missing") == "unknown"
+
+
+def test_package_versions():
+    assert doctor.package_versions(("torch", "no-such-package-here")) == {
+        "torch": torch.__version__,
+        "no-such-package-here": None,
+    }
+
+
+def test_command(capsys):
+    assert main(["doctor", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["native"]["isa"] == _C.isa()
+    assert captured.err == ""
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert _C.selected_kernel("matmul", 4) in out and "\x1b[" not in out
+
+
+@pytest.mark.parametrize("isa, code", [("ref", 0), ("avx9", 1)])
+def test_forced_isa(isa, code):
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", "doctor", "--json"],
+        env={**os.environ, "LOWBIT_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == code
+    native = json.loads(done.stdout)["native"]
+    if code:
+        assert set(native) == {"error"} and '"avx9"' in native["error"]
+    else:
+        assert native["forced_isa"] == native["isa"] == "ref"
+        assert native["kernels"]["matmul"]["int4"] == "int4_matmul__ref"
