@@ -117,9 +117,7 @@ def find_targets(model: nn.Module) -> list[Target]:
         members.sort(key=lambda member: not isinstance(member[1], nn.Embedding))
         kinds = []
         for name, module in members:
-            if module is embedding or (
-                isinstance(module, nn.Embedding) and any(m is head for _, m in members)
-            ):
+            if module is embedding or (isinstance(module, nn.Embedding) and any(m is head for _, m in members)):
                 kinds.append("embedding")
             elif module is head:
                 kinds.append("head")
@@ -196,14 +194,13 @@ def _outermost_block_lists(module: nn.Module, name: str) -> Iterator[tuple[str, 
 
 
 def _matrix_weights(module: nn.Module) -> int:
-    return sum(
-        m.weight.numel() for m in module.modules() if has_matrix(m) and not isinstance(m, nn.Embedding)
-    )
+    """Weights of the linear layers below a module, packed or not: a block stays one when it has been quantized."""
+    sizes = [weight_matrix(m).numel() for m in module.modules() if has_matrix(m) and not isinstance(m, nn.Embedding)]
+    packed = [m.in_features * m.out_features for m in module.modules() if isinstance(m, lowbit_nn.Linear)]
+    return sum(sizes) + sum(packed)
 
 
-def _embedding_and_head(
-    model: nn.Module, in_block: tuple[str, ...]
-) -> tuple[nn.Module | None, nn.Module | None]:
+def _embedding_and_head(model: nn.Module, in_block: tuple[str, ...]) -> tuple[nn.Module | None, nn.Module | None]:
     embedding, head = _accessor(model, "get_input_embeddings"), _accessor(model, "get_output_embeddings")
     if embedding is None:
         tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -272,9 +269,7 @@ def _behaves_plainly(module: nn.Module) -> bool:
         probe = torch.arange(min(4, module.num_embeddings), device=weight.device)[None]
         expected = F.embedding(probe, weight) * (_embed_scale(module) or 1.0)
     else:
-        probe = (
-            torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
-        )
+        probe = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(1, 2, -1).to(weight.dtype)
         expected = F.linear(probe, weight, module.bias)
     try:
         result = module(probe)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lowbit.quantize.calibration import token_windows
 
 

@@ -1,10 +1,11 @@
 """Finding and exchanging the matrices of models, by type and structure alone."""
 
-import lowbit
 import pytest
 import torch
-from lowbit.models import find_blocks, find_targets, has_matrix, patch, replace_module, weight_matrix
 from torch import nn
+
+import lowbit
+from lowbit.models import find_blocks, find_targets, has_matrix, patch, replace_module, weight_matrix
 
 pytest.importorskip("transformers")
 from tiny_models import ARCHITECTURES, build, outputs, relative_error, token_ids

@@ -7,13 +7,14 @@ import math
 import sysconfig
 from pathlib import Path
 
-import lowbit
 import pytest
 import torch
+from torch import nn
+
+import lowbit
 from lowbit.quantize import Progress, Recipe, make_plan
 from lowbit.quantize.progress import PlainProgress, RichProgress, TimeLeft, clock, terminal_progress
 from lowbit.quantize.replay import Replay, hooks, survey, tensors
-from torch import nn
 
 transformers = pytest.importorskip("transformers")
 from tiny_models import ARCHITECTURES, VOCABULARY, build, outputs, relative_error, token_ids  # noqa: E402
@@ -290,17 +291,23 @@ def test_a_model_without_blocks_is_one_block():
     assert isinstance(model[4], nn.Linear)
 
 
-def test_weights_that_are_no_numbers_do_not_stop_the_run():
+def test_numbers_that_are_none_do_not_stop_the_run():
     model = build("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] = float("nan")
-        model.lm_head.weight[0, 0] = float("inf")
+        model.model.layers[1].post_attention_layernorm.weight[0] = float("inf")
     report = lowbit.quantize(model, token_ids(8), Recipe(group_size=32, head_bits=4))
-    rows = {r["name"]: r for r in report.modules}
-    assert "1 weights are not finite" in rows["model.layers.0.mlp.up_proj"]["fallback"]
-    # The activations after it are not finite either: no Hessian, so rounding, and it says so.
-    assert len(rows) == 15 and all(r["fallback"] for n, r in rows.items() if n == "lm_head")
+    rows = {r["name"].removeprefix("model.layers."): r for r in report.modules}
+    assert len(rows) == 15
+    assert rows["0.mlp.up_proj"]["fallback"] == "1 weights are not finite, taken as 0"
+    assert rows["0.mlp.up_proj"]["method"] == "gptq"
+    # What follows it in block 0 sees the mended weight; what follows the norm of block 1 has no Hessian.
+    assert rows["0.mlp.down_proj"]["fallback"] is None
+    for name in ("1.mlp.gate_proj", "1.mlp.up_proj", "1.mlp.down_proj", "lm_head"):
+        assert rows[name]["fallback"] == "round to nearest: the Hessian is not finite"
+        assert rows[name]["relative_error"] is None
     assert all(torch.isfinite(t.float()).all() for t in packed_tensors(model).values())
+    json.dumps(report.to_dict(), allow_nan=False)
 
 
 def test_small_matrices_are_left_unless_a_rule_names_them():
@@ -407,10 +414,16 @@ def test_what_does_not_fit_is_refused_before_anything_changes(calibration, recip
     assert not any(isinstance(m, lowbit.nn.Linear) for m in model.modules())
 
 
+def test_a_model_elsewhere_is_refused():
+    with pytest.raises(NotImplementedError, match="expected all parameters on the CPU, got meta"):
+        lowbit.quantize(build("llama").to("meta"), token_ids(4))
+
+
 def test_a_second_run_takes_up_what_the_first_left():
     model = build("llama")
     lowbit.quantize(model, token_ids(4), Recipe(group_size=32, rules={r".*layers\.1\..*": "skip"}))
     first = packed_tensors(model)
+    assert list(lowbit.models.find_blocks(model)) == ["model.layers.0", "model.layers.1"]
     report = lowbit.quantize(model, token_ids(4), Recipe(bits=8, group_size=32))
     assert {r["name"].split(".")[2] for r in report.modules} == {"1"}
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in first.items())

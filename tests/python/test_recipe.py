@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from lowbit.quantize.recipe import Recipe, parse_rule
 
 

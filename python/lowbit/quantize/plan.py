@@ -136,9 +136,7 @@ def _resolve(target: Target, recipe: Recipe) -> tuple[ModuleSpec | None, str | N
             return None, "a rule leaves it"
     return (
         None,
-        "the recipe gives it 16 bits"
-        if target.kind != "other"
-        else "outside the blocks, and no rule names it",
+        "the recipe gives it 16 bits" if target.kind != "other" else "outside the blocks, and no rule names it",
     )
 
 

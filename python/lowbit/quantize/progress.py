@@ -144,10 +144,11 @@ def plan_line(plan: Any) -> str:
 def module_line(row: dict[str, Any]) -> str:
     """One row of a report in a line of aligned columns."""
     rows, cols = row["shape"]
+    error = "-" if row["relative_error"] is None else f"{row['relative_error']:.4f}"
     damp = "-" if row["damp"] is None else f"{row['damp']:g}"
     fallback = f"  {row['fallback']}" if row["fallback"] else ""
     return (
-        f"{row['name']:<36} {f'{rows}×{cols}':>12}  {row['format']}  {row['relative_error']:.4f}  "
+        f"{row['name']:<36} {f'{rows}×{cols}':>12}  {row['format']}  {error:>6}  "
         f"{damp:>5}  {row['seconds']:.1f}s{fallback}"
     )
 
@@ -157,8 +158,7 @@ def done_line(report: Any) -> str:
     fallbacks = sum(1 for row in report.modules if row["fallback"])
     return (
         f"{len(report.modules)} matrices in {clock(report.seconds)} · {megabytes(report.parameter_bytes)} → "
-        f"{megabytes(report.packed_parameter_bytes)} MB"
-        + (f" · {fallbacks} with a fallback" if fallbacks else "")
+        f"{megabytes(report.packed_parameter_bytes)} MB" + (f" · {fallbacks} with a fallback" if fallbacks else "")
     )
 
 

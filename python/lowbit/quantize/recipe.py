@@ -177,9 +177,7 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any] | str]:
         raise TypeError(f"rule: expected text, got {type(text).__name__}")
     pattern, equals, change = text.rpartition("=")
     if not equals or not pattern.strip():
-        raise ValueError(
-            f"rule: expected PATTERN=CHANGE such as 'embed_tokens=8' or 'lm_head=skip', got {text!r}"
-        )
+        raise ValueError(f"rule: expected PATTERN=CHANGE such as 'embed_tokens=8' or 'lm_head=skip', got {text!r}")
     pattern = pattern.strip()
     prefix = pattern[:2] if pattern[:2] in ("+:", "-:") else ""
     bare = pattern[len(prefix) :]
@@ -214,8 +212,7 @@ def parse_change(text: str) -> dict[str, Any] | str:
             new = flags[part]
         else:
             raise ValueError(
-                f"rule: expected skip, a width (8 or int8), g64 or one of {', '.join(flags)}, "
-                f"got {part!r} in {text!r}"
+                f"rule: expected skip, a width (8 or int8), g64 or one of {', '.join(flags)}, got {part!r} in {text!r}"
             )
         if new.keys() & change.keys():
             raise ValueError(f"rule: {', '.join(new)} given twice in {text!r}")
@@ -272,9 +269,7 @@ def _normalise_change(pattern: str, change: Any) -> dict[str, Any] | str:
         named = change.pop("format")
         width = re.fullmatch(r"int([2348])", str(named))
         if width is None or change.get("bits", int(width[1])) != int(width[1]):
-            raise ValueError(
-                f"rules[{pattern!r}].format: expected int2, int3, int4 or int8 (as bits), got {named!r}"
-            )
+            raise ValueError(f"rules[{pattern!r}].format: expected int2, int3, int4 or int8 (as bits), got {named!r}")
         change["bits"] = int(width[1])
     for name, value in change.items():
         _check(name, f"rules[{pattern!r}].{name}", value)

@@ -184,9 +184,7 @@ class Replay:
                 for position, index in self.steps[i].new:
                     tensor = found[position]
                     # Masks and position embeddings are the same for every batch: keep one.
-                    same = (
-                        batch > 0 and tensor.shape == first[index].shape and torch.equal(tensor, first[index])
-                    )
+                    same = batch > 0 and tensor.shape == first[index].shape and torch.equal(tensor, first[index])
                     stored[index] = first[index] if same else tensor
                 if i == last:
                     raise _Stop

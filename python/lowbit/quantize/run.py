@@ -16,6 +16,7 @@ model, the windows and the recipe.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -44,11 +45,11 @@ _BATCH_TOKENS = 4096  # of a batch by default: enough rows for a matrix product 
 class Report:
     """What a run did, in plain values.
 
-    modules: one dict a packed matrix, in order of packing: name, names (all modules that share it), kind,
-    shape [rows, cols],
-        format, group_size, bits_per_weight, method, relative_error and its `error_of`: "output", the root of
-        tr(dW H dWt) / tr(W H Wt), or "weight", |dW| / |W| where there was no calibration; tokens, damp, loss
-        (None without calibration), seconds, fallback (None, or why the recipe's method was not used as given)
+    modules: one dict a packed matrix, in order of packing: name, names (all modules that share it), kind, shape
+        [rows, cols], format, group_size, bits_per_weight, method, relative_error and its `error_of`: "output", the
+        root of tr(dW H dWt) / tr(W H Wt), or "weight", |dW| / |W| where there was no calibration; tokens, damp and
+        loss (None without calibration), seconds, fallback (None, or what was done otherwise than asked, and why).
+        A figure that is no finite number is None
     kept: one dict a matrix left as it was: name, names, kind, shape, reason
     unpatched: parameters with two or more dimensions that no module above holds (fused experts): name, shape
     calibration: windows, context and tokens, or None
@@ -80,8 +81,8 @@ def quantize(
 ) -> Report:
     """Replaces the matrices of a model by packed ones, as a recipe says, in place.
 
-    model: any module called with token ids int64 [batch, tokens]; a transformers model on its device, in
-        float32, bfloat16 or float16, which is also the dtype of calibration
+    model: any module called with token ids int64 [batch, tokens]; a transformers model in float32,
+        bfloat16 or float16, which is also the dtype of calibration
     calibration: see `token_windows`; not needed when every module is rounded to nearest
     recipe: a Recipe, a mapping of its fields, or None for the default one
     tokenizer: for calibration by text
@@ -92,12 +93,15 @@ def quantize(
     progress: told what happens, see `Progress`
 
     Returns the report, which is also kept as `model._lowbit_report` for saving.
-    ValueError or TypeError before anything is changed: recipe, rules or data that do not fit the model.
-    Numbers never raise: a matrix that cannot be solved is rounded to nearest, and its row says why.
+    ValueError or TypeError before anything is changed: recipe, rules or data that do not fit the model;
+    NotImplementedError: a model that is not on the CPU. Numbers never raise: a matrix that cannot be solved is rounded
+    to nearest, and its row says why.
     """
     start = time.monotonic()
     recipe = Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
     progress = progress if progress is not None else Progress()
+    if devices := {p.device.type for p in model.parameters()} - {"cpu"}:
+        raise NotImplementedError(f"model: expected all parameters on the CPU, got {', '.join(sorted(devices))}")
     plan = make_plan(model, recipe)
     windows = None
     if any(m.spec.method == "gptq" for m in plan.quantized):
@@ -145,7 +149,7 @@ class _Run:
         self.batches: tuple[torch.Tensor, ...] = ()
         if windows is not None:
             size = max(1, _BATCH_TOKENS // windows.shape[1]) if batch_size is None else batch_size
-            self.batches = windows.to(next(model.parameters()).device).split(size)
+            self.batches = windows.split(size)
         self._call, self._options = _forward_call(model)
 
     def everything(self) -> None:
@@ -297,6 +301,7 @@ class _Run:
             "seconds": seconds,
             "fallback": None,
         }
+        figures = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
         self.report.modules.append(row | figures)
         self.progress.on_module(self.report.modules[-1])
 
@@ -447,8 +452,9 @@ def _text_config(model: nn.Module) -> Any:
 def _default_context(model: nn.Module, calibration: Any) -> int:
     if isinstance(calibration, torch.Tensor) and calibration.ndim == 2:
         return calibration.shape[1]
-    longest = getattr(_text_config(model), "max_position_embeddings", None)
-    return min(longest, MAX_DEFAULT_CONTEXT) if longest else MAX_DEFAULT_CONTEXT
+    longest = getattr(_text_config(model), "max_position_embeddings", None) or MAX_DEFAULT_CONTEXT
+    # Some models count positions from 2: RoBERTa's 514 hold 512 tokens.
+    return min(longest - longest % 8, MAX_DEFAULT_CONTEXT)
 
 
 def _vocabulary(model: nn.Module) -> int | None:

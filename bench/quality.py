@@ -1,0 +1,133 @@
+"""What quantizing costs in quality: perplexity and KL divergence of a small real model before and after.
+
+    python bench/quality.py             the defaults of Recipe beside round to nearest, at four sizes
+    python bench/quality.py --sweep     and each option of the solver changed alone
+
+Model: tests/data/tiny-llama-code (Llama, 4 blocks, width 256, bf16; the head is tied to the embedding, and both stay
+in bf16). Measured on the standard-library modules that its training left out (training.json), joined in that order, in
+windows of 256 tokens; calibrated on 70,000 characters of other modules (lowbit.sample_text), in windows of
+256. Nothing is drawn at random, so the same libraries on the same interpreter give the same figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import sysconfig
+from pathlib import Path
+
+import harness
+import torch
+import transformers
+
+import lowbit
+from lowbit.evaluate import evaluate
+from lowbit.sample_text import calibration_text
+
+MODEL = Path(__file__).parents[1] / "tests" / "data" / "tiny-llama-code"
+CONTEXT = 256
+SIZES = ((8, 32), (4, 128), (3, 128), (2, 64))  # bits, group size
+VARIANTS = {"round to nearest": {"method": "rtn"}, "defaults": {}}
+# One change to the defaults each; a value that is the default is left out.
+CHANGES = {
+    "order": ("none", "act", "gar"),
+    "symmetric": (True, False),
+    "clip": (False, True),
+    "damp": (0.01, 0.03, 0.1),
+    "grids": ("updated", "static"),
+    "true_sequential": (True, False),
+    "scale_dtype": ("float16", "bfloat16", "float32"),
+}
+
+
+def variants(sweep: bool) -> dict[str, dict]:
+    if not sweep:
+        return VARIANTS
+    defaults = lowbit.Recipe().to_dict()
+    changes = {
+        f"{name}={value}": {name: value}
+        for name, values in CHANGES.items()
+        for value in values
+        if value != defaults[name]
+    }
+    return {**VARIANTS, **changes}
+
+
+def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]]) -> list[dict]:
+    """One row a size and variant; each is printed to standard error when it is known."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    held_out = json.loads((folder / "training.json").read_text())["held_out_files"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "".join((library / name).read_text("utf-8") for name in held_out)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    rows = []
+    for bits, group_size in sizes:
+        for variant, change in chosen.items():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+            recipe = lowbit.Recipe(bits=bits, group_size=group_size, **change)
+            report = lowbit.quantize(model, calibration_text(), recipe, tokenizer=tokenizer, context=CONTEXT)
+            result = evaluate(model, ids, reference=reference, context=CONTEXT)
+            weights = sum(row["shape"][0] * row["shape"][1] for row in report.modules)
+            packed = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in report.modules)
+            rows.append(
+                {
+                    "bits": bits,
+                    "group_size": group_size,
+                    "variant": variant,
+                    "bits_per_weight": packed / weights,
+                    "perplexity": result.perplexity,
+                    "reference_perplexity": result.reference_perplexity,
+                    "increase_percent": 100 * (result.perplexity / result.reference_perplexity - 1),
+                    "kl_divergence": result.kl_divergence,
+                    "top1_agreement": result.top1_agreement,
+                    "fallbacks": sum(row["fallback"] is not None for row in report.modules),
+                    "seconds": report.seconds,
+                }
+            )
+            print(
+                f"{bits} bits, groups of {group_size}, {variant}: {rows[-1]['increase_percent']:+.3f}%", file=sys.stderr
+            )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    widths = (4, 5, 24, 11, 10, 9, 8, 6)
+
+    def line(*cells: object) -> str:
+        return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+    header = ("bits", "group", "variant", "bits/weight", "perplexity", "increase", "KL", "top-1")
+    lines = [f"perplexity {rows[0]['reference_perplexity']:.3f} before", line(*header)]
+    for row in rows:
+        figures = [f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.3f}", f"{row['increase_percent']:.2f}%"]
+        figures += [f"{row['kl_divergence']:.5f}", f"{row['top1_agreement']:.3f}"]
+        lines.append(line(row["bits"], row["group_size"], row["variant"], *figures))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", action="store_true", help="every option of the solver changed alone, too")
+    parser.add_argument("--bits", type=int, nargs="*", help="only these widths")
+    parser.add_argument("--json", nargs="?", const="", help="write a result file, by default under bench/results")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    sizes = [size for size in SIZES if not arguments.bits or size[0] in arguments.bits]
+    rows = measure(MODEL, variants(arguments.sweep), sizes)
+    print(table(rows))
+    if arguments.json is not None:
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__}
+        versions |= {"transformers": transformers.__version__, "lowbit": lowbit.__version__}
+        settings = {"model": MODEL.name, "context": CONTEXT, "recipe": lowbit.Recipe().to_dict()}
+        settings["threads"] = torch.get_num_threads()
+        contents = harness.document("quality", settings, versions, {}, rows, {})
+        print(f"written: {harness.save(contents, arguments.json or None)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
