@@ -14,7 +14,8 @@ namespace {
 // Bytes that the software prefetch runs ahead of the line being read. 2-4 KB: a memory latency at the full rate.
 constexpr int64_t kPrefetchAhead = 4096;
 
-LOWBIT_INLINE void prefetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0); }
+// Into L2: asked for in L1, lines crowd out its few miss buffers, and the stream falls to three quarters of its rate (Zen 4).
+LOWBIT_INLINE void prefetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1); }
 
 // The 64 codes of plane `plane + i` of a row of `planes` planes. Loops walk a row in blocks of kBlock planes (4, 8, 16
 // or 32; `plane` is a multiple of it) and i is a constant once they are unrolled, so planes of one line share its load.
