@@ -1,7 +1,7 @@
 // lowbit_gptq_solve: checks, packs the factor into strips, and hands panels of rows to the kernel of this machine.
 //
-// A panel holds up to 64 rows, so that each line of the factor (K^2/2 floats, read once a panel: what the caches cannot
-// hold) meets 64 rows. Rows never meet each other: how they are cut into panels and threads does not change a bit.
+// A panel holds up to 128 rows, so that each line of the factor (K^2/2 floats, read once a panel: what the caches cannot
+// hold) meets 128 rows. Rows never meet each other: how they are cut into panels and threads does not change a bit.
 #include <atomic>
 #include <cinttypes>
 #include <cmath>
@@ -18,7 +18,7 @@ namespace lowbit {
 
 namespace {
 
-constexpr int64_t kPanelLaneGroups = 4;
+constexpr int64_t kPanelLaneGroups = 8;
 constexpr int64_t kMaxDimension = int64_t(1) << 31;
 
 // Memory of lowbit_alloc: huge pages, because a panel walks the whole factor.

@@ -24,7 +24,7 @@ struct PanelSolver {
   using T = typename V::T;
   using Grid16 = typename Lanes<V>::LaneGrid;
   static constexpr int kLanes = kSolverLanes, kStrip = kStripCols;
-  static constexpr int64_t kChunk = 128;
+  static constexpr int64_t kChunk = 256;
 
   const SolvePanel& p;
   const int64_t strips = (p.cols + kStrip - 1) / kStrip;
