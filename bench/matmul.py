@@ -127,7 +127,7 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The options that matmul.py and gather.py share."""
     parser.add_argument("--python", default=sys.executable, help="interpreter of the peers' environment")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slice", type=float, default=0.06, metavar="SECONDS", help="of one subject in a round")
     parser.add_argument("--only", action="append", default=[], metavar="WORD", help="subjects whose name contains it")
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
