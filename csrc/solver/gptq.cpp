@@ -1,6 +1,6 @@
 // lowbit_gptq_solve: checks, packs the factor into strips, and hands panels of rows to the kernel of this machine.
 //
-// A panel holds up to 128 rows, so that each line of the factor (K^2/2 floats, read once a panel: what the caches cannot
+// A panel holds up to 128 rows, so that each line of the factor (K^2/2 floats, read once a panel: what caches cannot
 // hold) meets 128 rows. Rows never meet each other: how they are cut into panels and threads does not change a bit.
 #include <atomic>
 #include <cinttypes>
@@ -57,19 +57,23 @@ lowbit_status normalise(const lowbit_gptq_options& options, int64_t rows, int64_
   const int bits = options.format;
   if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
     return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4 or int8, got %d", bits);
-  if (rows < 1 || rows >= kMaxDimension) return fail(LOWBIT_INVALID_ARGUMENT, "rows: expected 1 to 2^31 - 1, got %" PRId64, rows);
-  if (cols < 1 || cols >= kMaxDimension) return fail(LOWBIT_INVALID_ARGUMENT, "cols: expected 1 to 2^31 - 1, got %" PRId64, cols);
+  if (rows < 1 || rows >= kMaxDimension)
+    return fail(LOWBIT_INVALID_ARGUMENT, "rows: expected 1 to 2^31 - 1, got %" PRId64, rows);
+  if (cols < 1 || cols >= kMaxDimension)
+    return fail(LOWBIT_INVALID_ARGUMENT, "cols: expected 1 to 2^31 - 1, got %" PRId64, cols);
   int64_t group_size = options.group_size;
   if (group_size != -1 && group_size != cols && (group_size < 1 || group_size % kStripCols != 0))
-    return fail(LOWBIT_INVALID_ARGUMENT, "group_size: expected a multiple of %d, cols (%" PRId64 ") or -1, got %" PRId64,
-                kStripCols, cols, group_size);
+    return fail(LOWBIT_INVALID_ARGUMENT,
+                "group_size: expected a multiple of %d, cols (%" PRId64 ") or -1, got %" PRId64, kStripCols, cols,
+                group_size);
   if (group_size == -1 || group_size > cols) group_size = cols;
   const lowbit_dtype dtype = options.scale_dtype;
   if (dtype != LOWBIT_F32 && dtype != LOWBIT_F16 && dtype != LOWBIT_BF16)
     return fail(LOWBIT_INVALID_ARGUMENT, "scale_dtype: expected f32, f16 or bf16, got %d", int(dtype));
   const int64_t block_size = options.block_size == 0 ? 128 : options.block_size;
   if (block_size < 1 || block_size % kStripCols != 0)
-    return fail(LOWBIT_INVALID_ARGUMENT, "block_size: expected a multiple of %d or 0, got %" PRId64, kStripCols, block_size);
+    return fail(LOWBIT_INVALID_ARGUMENT, "block_size: expected a multiple of %d or 0, got %" PRId64, kStripCols,
+                block_size);
   *problem = {{bits, options.symmetric != 0, options.clip != 0, dtype},
               options.static_grids != 0,
               rows,
@@ -87,8 +91,8 @@ lowbit_status check_group_index(const Problem& problem, const int32_t* group_ind
     return fail(LOWBIT_INVALID_ARGUMENT, "group_index: expected NULL without static_grids, got a pointer");
   for (int64_t k = 0; k < problem.cols; ++k)
     if (group_index[k] < 0 || group_index[k] >= problem.groups)
-      return fail(LOWBIT_OUT_OF_RANGE, "group_index[%" PRId64 "]: expected 0 to %" PRId64 ", got %d", k, problem.groups - 1,
-                  group_index[k]);
+      return fail(LOWBIT_OUT_OF_RANGE, "group_index[%" PRId64 "]: expected 0 to %" PRId64 ", got %d", k,
+                  problem.groups - 1, group_index[k]);
   return LOWBIT_OK;
 }
 
@@ -98,10 +102,12 @@ lowbit_status check_static_grids(const Problem& problem, const float* scales, co
   for (int64_t i = 0; i < problem.rows * problem.groups; ++i) {
     const int64_t n = i / problem.groups, g = i % problem.groups;
     if (!(scales[i] > 0) || !std::isfinite(scales[i]))
-      return fail(LOWBIT_INVALID_ARGUMENT, "scales[%" PRId64 ", %" PRId64 "]: expected a positive finite number, got %g", n, g,
+      return fail(LOWBIT_INVALID_ARGUMENT,
+                  "scales[%" PRId64 ", %" PRId64 "]: expected a positive finite number, got %g", n, g,
                   double(scales[i]));
     if (!problem.rule.symmetric && zeros[i] > max_code)
-      return fail(LOWBIT_OUT_OF_RANGE, "zeros[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", n, g, max_code, zeros[i]);
+      return fail(LOWBIT_OUT_OF_RANGE, "zeros[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", n, g, max_code,
+                  zeros[i]);
   }
   return LOWBIT_OK;
 }
@@ -122,8 +128,8 @@ lowbit_status check_weight(const Problem& problem, const float* weight) {
   if (bad < 0) return LOWBIT_OK;
   int64_t k = 0;
   while (std::isfinite(weight[bad * problem.cols + k])) ++k;
-  return fail(LOWBIT_INVALID_ARGUMENT, "weight[%" PRId64 ", %" PRId64 "]: expected a finite number, got %g", int64_t(bad), k,
-              double(weight[bad * problem.cols + k]));
+  return fail(LOWBIT_INVALID_ARGUMENT, "weight[%" PRId64 ", %" PRId64 "]: expected a finite number, got %g",
+              int64_t(bad), k, double(weight[bad * problem.cols + k]));
 }
 
 lowbit_status check_diagonal(const Problem& problem, const float* factor) {
@@ -196,7 +202,8 @@ struct Arrays {
 };
 
 // Rows [first, first + rows) of the caller's arrays into the lanes of a panel; absent rows are rows of zeros.
-void load_panel(const Problem& problem, const Arrays& a, int64_t first, int64_t rows, int64_t lane_groups, const PanelBuffers& b) {
+void load_panel(const Problem& problem, const Arrays& a, int64_t first, int64_t rows, int64_t lane_groups,
+                const PanelBuffers& b) {
   const int64_t cols = problem.cols, cols_padded = problem.strips * kStripCols, groups = problem.groups;
   for (int64_t g = 0; g < lane_groups; ++g) {
     float* weight = b.weight.get() + g * cols_padded * kSolverLanes;
@@ -237,7 +244,8 @@ int64_t lane_groups_of_a_panel(int64_t rows, int64_t threads) {
   return ceil_div(lane_groups, threads * panels_a_thread);
 }
 
-lowbit_status solve_panels(const Problem& problem, SolveKernel kernel, const float* factor, const int32_t* group_index, const Arrays& arrays) {
+lowbit_status solve_panels(const Problem& problem, SolveKernel kernel, const float* factor, const int32_t* group_index,
+                           const Arrays& arrays) {
   const int64_t threads = problem.rows * problem.cols < 1 << 14 ? 1 : executor_threads();
   const int64_t lane_groups = lane_groups_of_a_panel(problem.rows, threads);
   const int64_t panel_rows = lane_groups * kSolverLanes, panels = ceil_div(problem.rows, panel_rows);
@@ -252,13 +260,25 @@ lowbit_status solve_panels(const Problem& problem, SolveKernel kernel, const flo
       return;
     }
     for (int64_t i = next++; i < panels; i = next++) {
-      const int64_t first = i * panel_rows, rows = problem.rows - first < panel_rows ? problem.rows - first : panel_rows;
+      const int64_t first = i * panel_rows,
+                    rows = problem.rows - first < panel_rows ? problem.rows - first : panel_rows;
       const int64_t used = ceil_div(rows, kSolverLanes);
       load_panel(problem, arrays, first, rows, used, buffers);
-      const SolvePanel panel = {problem.rule,        problem.static_grids,      problem.cols,       problem.group_size,
-                                problem.groups,      problem.block_size,        factor,             group_index,
-                                used,                buffers.weight.get(),      buffers.scales.get(), buffers.zeros.get(),
-                                buffers.codes.get(), buffers.loss.get(),        buffers.pushed.get()};
+      const SolvePanel panel = {problem.rule,
+                                problem.static_grids,
+                                problem.cols,
+                                problem.group_size,
+                                problem.groups,
+                                problem.block_size,
+                                factor,
+                                group_index,
+                                used,
+                                buffers.weight.get(),
+                                buffers.scales.get(),
+                                buffers.zeros.get(),
+                                buffers.codes.get(),
+                                buffers.loss.get(),
+                                buffers.pushed.get()};
       kernel(&panel);
       store_panel(problem, arrays, first, rows, buffers);
     }
@@ -267,7 +287,9 @@ lowbit_status solve_panels(const Problem& problem, SolveKernel kernel, const flo
     work();
   else
     run_parts(parts, [](void* argument, int, int) { (*static_cast<decltype(work)*>(argument))(); }, &work);
-  if (no_memory) return fail(LOWBIT_OUT_OF_MEMORY, "gptq: no memory for a panel of %" PRId64 " x %" PRId64, panel_rows, problem.cols);
+  if (no_memory)
+    return fail(LOWBIT_OUT_OF_MEMORY, "gptq: no memory for a panel of %" PRId64 " x %" PRId64, panel_rows,
+                problem.cols);
   return LOWBIT_OK;
 }
 

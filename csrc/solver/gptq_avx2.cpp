@@ -50,7 +50,8 @@ struct YmmPair {
     if (dtype == LOWBIT_F16) {
       constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
       const T finite = min(x, set(65504.0f));
-      return {_mm256_cvtph_ps(_mm256_cvtps_ph(finite.a, kNearest)), _mm256_cvtph_ps(_mm256_cvtps_ph(finite.b, kNearest))};
+      return {_mm256_cvtph_ps(_mm256_cvtps_ph(finite.a, kNearest)),
+              _mm256_cvtph_ps(_mm256_cvtps_ph(finite.b, kNearest))};
     }
     if (dtype == LOWBIT_BF16) {
       const T finite = min(x, set(0x1.fep127f));

@@ -5,7 +5,8 @@
 
 namespace lowbit {
 
-Grid find_grid(const float* x, int64_t n, int64_t stride, int bits, bool symmetric, int clip, lowbit_dtype scale_dtype) {
+Grid find_grid(const float* x, int64_t n, int64_t stride, int bits, bool symmetric, int clip,
+               lowbit_dtype scale_dtype) {
   const auto grid = Lanes<Scalar>::find_grid(x, n, stride, {bits, symmetric, clip != 0, scale_dtype});
   return {grid.scale, int(grid.zero)};
 }

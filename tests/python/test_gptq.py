@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from lowbit import PackedMatrix
-from lowbit.quantize.gptq import inverse_factor, prepare_factor, relative_output_error, solve
 from reference_gptq import gptq as reference
 from reference_gptq import inverse_factor as textbook_factor
+
+from lowbit import PackedMatrix
+from lowbit.quantize.gptq import inverse_factor, prepare_factor, relative_output_error, solve
 
 FORMATS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
 

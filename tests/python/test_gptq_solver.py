@@ -3,8 +3,9 @@ threads."""
 
 import pytest
 import torch
-from lowbit import _C
 from reference_gptq import clipping_loss, find_grid, gptq, inverse_factor
+
+from lowbit import _C
 
 DTYPES = {torch.float32: _C.F32, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
 ISAS = [name for name, runnable in _C.kernels() if name.startswith("gptq_solve__") and runnable]

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lowbit.quantize.hessian import Hessian
 
 
