@@ -73,7 +73,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Everything that computes in floats, but not the scales of packed matrices: they are part of the weights."""
+    """Casts every float parameter. Buffers stay: rotary frequencies need float32, and the scales of packed matrices
+    are part of the weights."""
     from lowbit.nn import Embedding
 
     for module in model.modules():
