@@ -6,10 +6,10 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
-import lowbit
 import torch
-from lowbit import _C, PackedMatrix
 
+import lowbit
+from lowbit import _C, PackedMatrix
 from peers import Gather, Matmul, copies_for
 from peers.dense import CopiedWeights
 
