@@ -53,15 +53,17 @@ def inspect(
     terminal.print()
     for name, group in totals["formats"].items():
         terminal.line(
-            name, f"{group['modules']} modules · {group['weights']:,} weights · {human_bytes(group['bytes'])}"
+            name, f"{_count(group['modules'], 'module')} · {group['weights']:,} weights · {human_bytes(group['bytes'])}"
         )
-    terminal.line("other", f"{totals['other_tensors']} tensors (norms, biases) · {human_bytes(totals['other_bytes'])}")
+    terminal.line(
+        "other", f"{_count(totals['other_tensors'], 'tensor')} (norms, biases) · {human_bytes(totals['other_bytes'])}"
+    )
     terminal.line(
         "total",
         f"{human_bytes(totals['bytes'])} · {totals['bits_per_weight']:.2f} bits/weight over all matrices",
     )
     if verified is not None:
-        terminal.line("verified", f"{len(verified)} files have the size and SHA-256 of the manifest")
+        terminal.line("verified", f"{_count(len(verified), 'file')} with the size and SHA-256 of the manifest")
 
 
 def examine(path: Path) -> dict[str, Any]:
@@ -221,6 +223,10 @@ def _cells(module: dict[str, Any]) -> tuple[str, ...]:
         f"{human_figure(scales[0])} … {human_figure(scales[1])}" if scales else "-",
         " ".join(extras),
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _bytes(weights: Weights, tensor: str) -> int:
