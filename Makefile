@@ -7,11 +7,14 @@ PY     ?= $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
 JOBS   ?= $(shell nproc)
 PEERS  ?= $(PY)
+TESTS  ?= ON
 MODEL  ?= tests/data/tiny-llama-code
 
 # The wheel, unpacked: what the tests and the demonstration run.
 SITE   := build/site
-LOWBIT := PYTHONPATH=$(SITE) $(PY) -m lowbit
+# A command line of lowbit's, shown as a user would type it.
+show   = echo; echo '$$ lowbit $(1)'; PYTHONPATH=$(SITE) $(PY) -m lowbit $(1)
+comma := ,
 
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
@@ -44,15 +47,12 @@ $(VENV)/ready: pyproject.toml
 
 demo: TESTS := OFF
 demo: site  ## quantize a small real model to 4 bits, look at it, compare it, let it write
-	@echo "== quantize $(MODEL) to 4 bits"
-	rm -rf build/demo
-	$(LOWBIT) quantize $(MODEL) -o build/demo --bits 4 --group-size 128
-	@echo "== what the new folder holds"
-	$(LOWBIT) inspect build/demo
-	@echo "== the new model against the old one"
-	$(LOWBIT) eval build/demo --against $(MODEL)
-	@echo "== what it writes"
-	$(LOWBIT) generate build/demo "def "
+	@rm -rf build/demo
+	@$(call show,quantize $(MODEL) -o build/demo --bits 4 --group-size 128)
+	@$(call show,inspect build/demo)
+	@$(call show,eval build/demo --against $(MODEL))
+	@$(call show,generate build/demo "def read(self$(comma) " --max-new-tokens 60 --temperature 0.7 --seed 3)
+	@echo; echo "The same for a model of yours: pip install '.[hf,cli]', then lowbit quantize MODEL -o OUT"
 
 test: lint-python test-cpp test-asan test-python  ## everything: lint, C++ tests plain and sanitized, the wheel, pytest
 
@@ -73,7 +73,6 @@ dev: $(READY)  ## build the library and the extension in place, under python/low
 	cmake --build --preset dev
 	cmake --install build/dev --prefix python > /dev/null
 
-wheel: TESTS ?= ON
 wheel: $(READY)  ## dist/lowbit-*.whl
 	rm -rf dist
 	$(PY) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist \
