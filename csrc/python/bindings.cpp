@@ -102,6 +102,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init(&matrix), py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group_size"), py::arg("codes"),
            py::arg("scales"), py::arg("scale_dtype"), py::arg("scale_rows"), py::arg("scale_cols"), py::arg("zeros"),
            py::arg("perm"))
+      .def_readonly("rows", &lowbit_matrix::rows)
+      .def_readonly("cols", &lowbit_matrix::cols)
       .def("check", [](const lowbit_matrix& w, bool values) { run([&] { return lowbit_matrix_check(&w, values); }); },
            py::arg("values"))
       .def("pack_codes",

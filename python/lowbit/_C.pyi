@@ -24,6 +24,10 @@ class Buffer:
 class Matrix:
     """A view of a matrix: addresses and shapes. Whoever makes one keeps the memory alive."""
 
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
     def __init__(
         self,
         format: int,

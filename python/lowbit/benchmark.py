@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from lowbit import _C
-from lowbit.matrix import FORMATS, PackedMatrix, empty_codes, normalise_group_size
+from lowbit.abi import FORMATS, empty_codes, normalise_group_size
+from lowbit.matrix import PackedMatrix
 
 BUSY_SPREAD = 0.20
 BUSY_CPUS = 0.10

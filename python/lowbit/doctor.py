@@ -71,7 +71,7 @@ def _native() -> dict[str, Any]:
         import torch  # noqa: F401  before _C: its OpenMP runtime is the one to share
 
         from lowbit import _C
-        from lowbit.matrix import FORMATS
+        from lowbit.abi import FORMATS
 
         if _C.isa() == "invalid":
             _C.set_isa(os.environ["LOWBIT_ISA"])  # raises what every verb would

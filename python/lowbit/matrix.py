@@ -2,106 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from lowbit import _C
-
-FORMATS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
-SCALE_DTYPES = {torch.float32: _C.F32, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
-FLOAT_DTYPES = SCALE_DTYPES
-ID_DTYPES = {torch.int32: _C.I32, torch.int64: _C.I64}
-ACTIVATIONS = {"float": 0, "int8": 1}
-ID_POLICIES = {"error": 0, "zero": 1, "clamp": 2}
-LINE_BYTES = 64
-
-
-def format_bits(format: str) -> int:
-    """Width of a format's codes in bits. Raises ValueError for a name that is none of FORMATS."""
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    return FORMATS[format]
-
-
-def normalise_group_size(group_size: int, cols: int) -> int:
-    """-1 becomes `cols`. Raises ValueError for anything but a multiple of 16 up to cols, or cols."""
-    group_size = cols if group_size == -1 else group_size
-    if group_size != cols and not (16 <= group_size <= cols and group_size % 16 == 0):
-        raise ValueError(f"group_size: expected -1, a multiple of 16 up to cols ({cols}), or cols, got {group_size}")
-    return group_size
-
-
-def empty_codes(rows: int, lines: int) -> torch.Tensor:
-    """Zeroed uint8 [rows, lines, 64] on the CPU, 64-byte aligned and on huge pages where the system gives them."""
-    size = rows * lines * LINE_BYTES
-    return torch.frombuffer(_C.Buffer(size), dtype=torch.uint8, count=size).view(rows, lines, LINE_BYTES)
-
-
-def lookup(table: dict, key, name: str) -> int:
-    """table[key], or a ValueError/TypeError that lists what was expected."""
-    try:
-        return table[key]
-    except KeyError:
-        error = TypeError if isinstance(key, torch.dtype) else ValueError
-        raise error(f"{name}: expected one of {', '.join(map(str, table))}, got {key!r}") from None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How to read a matrix's bytes: what a kernel needs beside the tensors."""
-
-    format: str
-    cols: int
-    group_size: int
-
-
-def matrix_view(codes, scales, zeros, perm, layout: Layout) -> _C.Matrix:
-    """A `_C.Matrix` over the tensors' memory, after checking their types and shapes.
-
-    Cheap: no value is read (perm's range is checked by the verbs), so ops build one a call. The caller keeps the
-    tensors alive.
-    """
-    bits = format_bits(layout.format)
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes: expected dtype torch.uint8, got {codes.dtype}")
-    lines = _C.row_lines(bits, layout.cols)
-    if codes.ndim != 3 or codes.shape[1] != lines or codes.shape[2] != LINE_BYTES:
-        raise ValueError(
-            f"codes: expected shape [rows, {lines}, {LINE_BYTES}] for {layout.format} with {layout.cols} columns, "
-            f"got {list(codes.shape)}"
-        )
-    if scales.ndim != 2:
-        raise ValueError(f"scales: expected 2 dimensions, got {scales.ndim}")
-    for name, tensor in (("codes", codes), ("scales", scales), ("zeros", zeros), ("perm", perm)):
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu":
-            raise NotImplementedError(
-                f"{name}: expected a CPU tensor (this build has no CUDA library), got {tensor.device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
-        raise ValueError(
-            f"zeros: expected torch.uint8 of the scales' shape {list(scales.shape)}, "
-            f"got {zeros.dtype} {list(zeros.shape)}"
-        )
-    if perm is not None and (perm.dtype != torch.int32 or list(perm.shape) != [layout.cols]):
-        raise ValueError(f"perm: expected torch.int32 [{layout.cols}], got {perm.dtype} {list(perm.shape)}")
-    return _C.Matrix(
-        format=bits,
-        rows=codes.shape[0],
-        cols=layout.cols,
-        group_size=layout.group_size,
-        codes=codes.data_ptr(),
-        scales=scales.data_ptr(),
-        scale_dtype=lookup(SCALE_DTYPES, scales.dtype, "scales dtype"),
-        scale_rows=scales.shape[0],
-        scale_cols=scales.shape[1],
-        zeros=0 if zeros is None else zeros.data_ptr(),
-        perm=0 if perm is None else perm.data_ptr(),
-    )
+from lowbit import _C, abi
+from lowbit import ops as _ops  # noqa: F401  (registers torch.ops.lowbit, which the verbs use while torch compiles)
+from lowbit.abi import (
+    FLOAT_DTYPES,
+    FORMATS,
+    SCALE_DTYPES,
+    Layout,
+    empty_codes,
+    format_bits,
+    lookup,
+    matrix_view,
+    normalise_group_size,
+    require_cpu,
+)
 
 
 class PackedMatrix:
@@ -124,8 +40,9 @@ class PackedMatrix:
         if cols < 1:
             raise ValueError(f"cols: expected at least 1, got {cols}")
         self.layout = Layout(format, cols, normalise_group_size(int(group_size), cols))
-        self.codes, self.scales, self.zeros, self.perm = codes, scales, zeros, perm
-        matrix_view(codes, scales, zeros, perm, self.layout).check(validate)
+        self._tensors = (codes, scales, zeros, perm)
+        self._matrix = matrix_view(*self._tensors, self.layout)
+        self._matrix.check(validate)
 
     # -- pack ----------------------------------------------------------------------------------------------------
 
@@ -177,7 +94,7 @@ class PackedMatrix:
         zeros = None if zeros is None else as_tensor(zeros, "zeros").contiguous()
         perm = None if perm is None else as_tensor(perm, "perm").contiguous()
         packed = cls(lines, scales, zeros, perm, format=format, cols=cols, group_size=group_size)
-        packed._view().pack_codes(codes.data_ptr(), lines.data_ptr())
+        packed._view.pack_codes(codes.data_ptr(), lines.data_ptr())
         return packed
 
     @classmethod
@@ -249,16 +166,13 @@ class PackedMatrix:
 
     def unpack(self, dtype=torch.float32, rows: slice | None = None) -> torch.Tensor:
         """Dense [rows, cols] in original column order; `rows` a slice of step 1 picks some."""
-        begin, end = row_range(rows, self.rows)
-        out = torch.empty(end - begin, self.cols, dtype=dtype)
-        self._view().unpack(begin, end, out.data_ptr(), lookup(FLOAT_DTYPES, dtype, "dtype"), self.cols)
-        return out
+        return abi.unpack(self._view, *row_range(rows, self.rows), dtype)
 
     def unpack_codes(self, rows: slice | None = None) -> torch.Tensor:
         """uint8 [rows, cols], one code a byte, in packed column order."""
         begin, end = row_range(rows, self.rows)
         out = torch.empty(end - begin, self.cols, dtype=torch.uint8)
-        self._view().unpack_codes(begin, end, out.data_ptr())
+        self._view.unpack_codes(begin, end, out.data_ptr())
         return out
 
     # -- matmul and gather ---------------------------------------------------------------------------------------
@@ -270,9 +184,16 @@ class PackedMatrix:
         The result does not depend on threads, instruction set or batch size. Anything that speaks DLPack is taken; a
         NumPy array comes back as one.
         """
-        return like_input(
-            x, torch.ops.lowbit.matmul, self, None if bias is None else as_tensor(bias, "bias"), activations
-        )
+        tensor = x if isinstance(x, torch.Tensor) else as_tensor(x, "x")
+        bias = bias if bias is None or isinstance(bias, torch.Tensor) else as_tensor(bias, "bias")
+        if abi.runs_eagerly(tensor, bias):
+            y = abi.matmul(self._view, tensor, bias, activations)
+        else:
+            layout = self.layout
+            y = torch.ops.lowbit.matmul(
+                tensor, *self._tensors, bias, layout.format, layout.cols, layout.group_size, activations
+            )
+        return y.numpy() if type(x).__module__ == "numpy" else y
 
     def gather(self, ids, dtype=torch.float32, policy="error", out=None):
         """Rows of W: ids int32 or int64 of any shape -> [*ids.shape, cols] in `dtype`, or into `out` of that shape.
@@ -281,22 +202,30 @@ class PackedMatrix:
         row.
         """
         ids = as_tensor(ids, "ids")
-        if out is None:
-            return torch.ops.lowbit.gather(
-                ids,
-                self.codes,
-                self.scales,
-                self.zeros,
-                self.perm,
-                self.format,
-                self.cols,
-                self.group_size,
-                dtype,
-                policy,
-            )
-        return gather_into(self, ids, out, policy)
+        if out is not None or abi.runs_eagerly(ids):
+            return abi.gather(self._view, ids, dtype, policy, out)
+        layout = self.layout
+        return torch.ops.lowbit.gather(
+            ids, *self._tensors, layout.format, layout.cols, layout.group_size, dtype, policy
+        )
 
     # -- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self._tensors[0]
+
+    @property
+    def scales(self) -> torch.Tensor:
+        return self._tensors[1]
+
+    @property
+    def zeros(self) -> torch.Tensor | None:
+        return self._tensors[2]
+
+    @property
+    def perm(self) -> torch.Tensor | None:
+        return self._tensors[3]
 
     @property
     def format(self) -> str:
@@ -356,8 +285,14 @@ class PackedMatrix:
         details += [name for name in ("zeros", "perm") if getattr(self, name) is not None]
         return f"PackedMatrix({', '.join(details)}, {self.bits_per_weight:.2f} bits/weight)"
 
+    @property
     def _view(self) -> _C.Matrix:
-        return matrix_view(self.codes, self.scales, self.zeros, self.perm, self.layout)
+        if self._matrix is None:
+            self._matrix = matrix_view(*self._tensors, self.layout)
+        return self._matrix
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_matrix": None}  # addresses: a copy makes its own
 
 
 def as_tensor(array, name: str) -> torch.Tensor:
@@ -366,45 +301,8 @@ def as_tensor(array, name: str) -> torch.Tensor:
         if not hasattr(array, "__dlpack__"):
             raise TypeError(f"{name}: expected a tensor or an array that speaks DLPack, got {type(array).__name__}")
         array = torch.from_dlpack(array)
-    if array.device.type != "cpu":
-        raise NotImplementedError(f"{name}: expected a CPU tensor (this build has no CUDA library), got {array.device}")
+    require_cpu(array, name)
     return array.detach()
-
-
-def like_input(x, matmul, packed: PackedMatrix, bias, activations):
-    """Runs the matmul op; NumPy in, NumPy out, anything else a torch tensor."""
-    tensor = x if isinstance(x, torch.Tensor) else as_tensor(x, "x")
-    y = matmul(
-        tensor,
-        packed.codes,
-        packed.scales,
-        packed.zeros,
-        packed.perm,
-        bias,
-        packed.format,
-        packed.cols,
-        packed.group_size,
-        activations,
-    )
-    return y.numpy() if type(x).__module__ == "numpy" else y
-
-
-def gather_into(packed: PackedMatrix, ids: torch.Tensor, out: torch.Tensor, policy: str) -> torch.Tensor:
-    if list(out.shape) != [*ids.shape, packed.cols] or not out.is_contiguous():
-        raise ValueError(
-            f"out: expected a contiguous {[*ids.shape, packed.cols]}, got {list(out.shape)} {out.stride()}"
-        )
-    ids = ids.contiguous()
-    packed._view().gather(
-        ids.data_ptr(),
-        lookup(ID_DTYPES, ids.dtype, "ids dtype"),
-        ids.numel(),
-        lookup(ID_POLICIES, policy, "policy"),
-        out.data_ptr(),
-        lookup(FLOAT_DTYPES, out.dtype, "out dtype"),
-        packed.cols,
-    )
-    return out
 
 
 def matrix_shape(tensor: torch.Tensor, name: str) -> tuple[int, int]:
@@ -443,7 +341,3 @@ def perm_from_g_idx(g_idx: torch.Tensor, cols: int, group_size: int) -> torch.Te
         bad = int((sizes != expected).nonzero()[0])
         raise ValueError(f"g_idx: expected {int(expected[bad])} columns in group {bad}, got {int(sizes[bad])}")
     return torch.argsort(g_idx, stable=True).to(torch.int32)
-
-
-# Last, because ops needs the names above: whoever has a PackedMatrix has torch.ops.lowbit, which its verbs call.
-import lowbit.ops  # noqa: E402, F401

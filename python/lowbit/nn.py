@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowbit import ops  # noqa: F401  (registers torch.ops.lowbit)
-from lowbit.matrix import ACTIVATIONS, Layout, PackedMatrix, lookup
+from lowbit import abi
+from lowbit.abi import ACTIVATIONS, Layout, lookup
+from lowbit.matrix import PackedMatrix
 
 _SIDE_TENSORS = ("weight_scale", "weight_zero", "weight_perm")
 
@@ -31,13 +32,16 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> PackedMatrix | None:
         """The packed weight, over this module's own tensors; None when the weight is float or absent."""
-        if self.layout is None:
-            return None
-        tensors = (self.weight, self.weight_scale, self.weight_zero, self.weight_perm)
         layout = self.layout
-        return PackedMatrix(
-            *tensors, format=layout.format, cols=layout.cols, group_size=layout.group_size, validate=False
-        )
+        if layout is None:
+            return None
+        tensors = self._weight_tensors()
+        held = self._held
+        # Moving, casting and loading a state replace tensors; the matrix made from the old ones is then made anew.
+        if held is None or any(a is not b for a, b in zip(tensors, held._tensors, strict=True)):
+            options = {"format": layout.format, "cols": layout.cols, "group_size": layout.group_size}
+            held = self.__dict__["_held"] = PackedMatrix(*tensors, **options, validate=False)
+        return held
 
     def load(self, weight: PackedMatrix | Tensor) -> None:
         """Replaces the weight: a PackedMatrix (shared, not copied) or a float tensor [rows, cols].
@@ -67,6 +71,10 @@ class PackedModule(nn.Module):
         self._clear()
         return held
 
+    def _weight_tensors(self) -> tuple[Tensor | None, ...]:
+        buffers = self._buffers  # what getattr would find, without its search
+        return tuple(buffers[name] for name in ("weight", *_SIDE_TENSORS))
+
     def _apply(self, fn, recurse=True):
         # A cast (half(), to(bfloat16)) is meant for activations and float weights: packed scales move with the module
         # but keep the values that their codes were chosen for.
@@ -78,6 +86,7 @@ class PackedModule(nn.Module):
 
     def _clear(self) -> None:
         self.layout: Layout | None = None
+        self._held: PackedMatrix | None = None  # `packed`, while the tensors are those it was made from
         for name in ("weight", *_SIDE_TENSORS):
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
@@ -117,21 +126,14 @@ class Linear(PackedModule):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        layout = self.layout
+        layout, bias = self.layout, self._parameters["bias"]
         if layout is None:
             self._require_weight()
-            return nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.linear(x, self.weight, bias)
+        if abi.runs_eagerly(x, bias):
+            return abi.matmul(self.packed._view, x, bias, self.activations)
         return torch.ops.lowbit.matmul(
-            x,
-            self.weight,
-            self.weight_scale,
-            self.weight_zero,
-            self.weight_perm,
-            self.bias,
-            layout.format,
-            layout.cols,
-            layout.group_size,
-            self.activations,
+            x, *self._weight_tensors(), bias, layout.format, layout.cols, layout.group_size, self.activations
         )
 
     def extra_repr(self) -> str:
@@ -174,18 +176,11 @@ class Embedding(PackedModule):
         if layout is None:
             self._require_weight()
             out = nn.functional.embedding(ids, self.weight, self.padding_idx)
+        elif abi.runs_eagerly(ids):
+            out = abi.gather(self.packed._view, ids, self.dtype, "error")
         else:
             out = torch.ops.lowbit.gather(
-                ids,
-                self.weight,
-                self.weight_scale,
-                self.weight_zero,
-                self.weight_perm,
-                layout.format,
-                layout.cols,
-                layout.group_size,
-                self.dtype,
-                "error",
+                ids, *self._weight_tensors(), layout.format, layout.cols, layout.group_size, self.dtype, "error"
             )
         # The factor is rounded to the output dtype first, as models that scale their embeddings do.
         return out if self.embed_scale is None else out * torch.tensor(self.embed_scale, dtype=out.dtype)

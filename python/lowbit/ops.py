@@ -7,10 +7,9 @@ over data pointers. Nothing is linked against torch, so no torch release can bre
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from lowbit import _C
-from lowbit.matrix import ACTIVATIONS, FLOAT_DTYPES, ID_DTYPES, ID_POLICIES, Layout, lookup, matrix_view
+from lowbit import abi
+from lowbit.abi import Layout, matrix_view
 
 _MATRIX = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? perm"
 _LAYOUT = "str format, int cols, int group_size"
@@ -21,61 +20,22 @@ library.define(f"gather(Tensor ids, {_MATRIX}, {_LAYOUT}, ScalarType dtype, str 
 library.define(f"unpack({_MATRIX}, {_LAYOUT}, ScalarType dtype) -> Tensor")
 
 
-def _check_matmul(x: Tensor, codes: Tensor, bias: Tensor | None, cols: int) -> None:
-    if x.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"x: expected float32, float16 or bfloat16, got {x.dtype}")
-    if x.ndim < 1 or x.shape[-1] != cols:
-        raise ValueError(f"x: expected {cols} columns (in_features), got shape {list(x.shape)}")
-    if bias is not None and (bias.ndim != 1 or bias.shape[0] != codes.shape[0]):
-        raise ValueError(f"bias: expected shape [{codes.shape[0]}], got {list(bias.shape)}")
-
-
 @torch.library.impl(library, "matmul", "CPU")
 def _matmul(x, codes, scales, zeros, perm, bias, format, cols, group_size, activations):
-    _check_matmul(x, codes, bias, cols)
-    rows = codes.shape[0]
-    tokens = x.reshape(-1, cols)
-    if tokens.stride(-1) != 1 or (tokens.shape[0] > 1 and tokens.stride(0) < cols):
-        tokens = tokens.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
-    # Made in its final shape: a view could not be changed in place under autograd, as residual additions do.
-    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
-    dtype = FLOAT_DTYPES[x.dtype]
-    matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size)).matmul(
-        tokens.data_ptr(),
-        dtype,
-        tokens.shape[0],
-        tokens.stride(0) if tokens.shape[0] > 1 else cols,
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else lookup(FLOAT_DTYPES, bias.dtype, "bias dtype"),
-        y.data_ptr(),
-        rows,
-        lookup(ACTIVATIONS, activations, "activations"),
-    )
-    return y
+    view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
+    return abi.matmul(view, x, bias, activations)
 
 
 @torch.library.register_fake("lowbit::matmul", lib=library)
 def _matmul_fake(x, codes, scales, zeros, perm, bias, format, cols, group_size, activations):
-    _check_matmul(x, codes, bias, cols)
+    abi.check_operands(x, bias, codes.shape[0], cols)
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 @torch.library.impl(library, "gather", "CPU")
 def _gather(ids, codes, scales, zeros, perm, format, cols, group_size, dtype, policy):
-    ids = ids.contiguous()
-    out = torch.empty(*ids.shape, cols, dtype=dtype)
-    matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size)).gather(
-        ids.data_ptr(),
-        lookup(ID_DTYPES, ids.dtype, "ids dtype"),
-        ids.numel(),
-        lookup(ID_POLICIES, policy, "policy"),
-        out.data_ptr(),
-        lookup(FLOAT_DTYPES, dtype, "dtype"),
-        cols,
-    )
-    return out
+    view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
+    return abi.gather(view, ids, dtype, policy)
 
 
 @torch.library.register_fake("lowbit::gather", lib=library)
@@ -85,11 +45,8 @@ def _gather_fake(ids, codes, scales, zeros, perm, format, cols, group_size, dtyp
 
 @torch.library.impl(library, "unpack", "CPU")
 def _unpack(codes, scales, zeros, perm, format, cols, group_size, dtype):
-    rows = codes.shape[0]
-    out = torch.empty(rows, cols, dtype=dtype)
     view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
-    view.unpack(0, rows, out.data_ptr(), lookup(FLOAT_DTYPES, dtype, "dtype"), cols)
-    return out
+    return abi.unpack(view, 0, codes.shape[0], dtype)
 
 
 @torch.library.register_fake("lowbit::unpack", lib=library)
@@ -124,4 +81,4 @@ for _name in ("gather", "unpack"):
         f"lowbit::{_name}", lambda ctx, grad, _n=_name: (None,) * (10 if _n == "gather" else 8), lib=library
     )
 
-__all__ = ["_C", "library"]
+__all__ = ["library"]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from lowbit import _C
 from lowbit.cli.main import _repeat_file_options, main
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TEXT = "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))\n" * 40
 CODE_MODEL = Path(__file__).parents[1] / "data" / "tiny-llama-code"

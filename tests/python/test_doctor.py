@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from lowbit import _C, doctor
 from lowbit.cli.main import main
 

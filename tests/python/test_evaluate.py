@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
 from lowbit import evaluate as ev
 from lowbit import sample_text
 

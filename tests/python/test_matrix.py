@@ -5,8 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lowbit import _C, PackedMatrix
-from lowbit.matrix import FORMATS, perm_from_g_idx
+from lowbit.abi import FORMATS
+from lowbit.matrix import perm_from_g_idx
 
 ISAS = [isa for isa in ("ref", "avx2", "avx512vnni") if any(n.endswith(isa) and ok for n, ok in _C.kernels())]
 

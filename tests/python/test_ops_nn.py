@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from lowbit import PackedMatrix
-from lowbit.nn import Embedding, Linear
 from test_matrix import random_matrix
 from torch.library import opcheck
+
+from lowbit import PackedMatrix
+from lowbit.nn import Embedding, Linear
 
 
 def operands(packed):

@@ -27,12 +27,8 @@ def test_cpp_example(tmp_path):
     (tmp_path / "example.cpp").write_text(source)
     package = Path(lowbit.__file__).parent
     library = package / "lib" / "liblowbit.so.0"
-    subprocess.run(
-        [compiler, "-std=c++17", "-Wall", "-Werror", f"-I{package / 'include'}", "example.cpp", str(library)]
-        + [f"-Wl,-rpath,{library.parent}", "-o", "example"],
-        cwd=tmp_path,
-        check=True,
-    )
+    flags = ["-std=c++17", "-Wall", "-Werror", f"-I{package / 'include'}", f"-Wl,-rpath,{library.parent}"]
+    subprocess.run([compiler, *flags, "example.cpp", str(library), "-o", "example"], cwd=tmp_path, check=True)
     done = subprocess.run(["./example"], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert "int4_matmul__" in done.stdout and "ids[0]: expected a row in [0, 64), got 64" in done.stdout
 

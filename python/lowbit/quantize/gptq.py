@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lowbit import _C
-from lowbit.matrix import SCALE_DTYPES, PackedMatrix, format_bits, lookup, normalise_group_size
+from lowbit.abi import SCALE_DTYPES, format_bits, lookup, normalise_group_size
+from lowbit.matrix import PackedMatrix
 
 ORDERS = ("none", "act", "gar")
 GRIDS = ("updated", "static")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowbit import _C
-from lowbit.matrix import LINE_BYTES
+from lowbit.abi import LINE_BYTES
 from lowbit.models import Target, find_targets, weight_matrix
 from lowbit.quantize.recipe import ModuleSpec, Recipe, rule_regex
 
