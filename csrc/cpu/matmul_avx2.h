@@ -62,6 +62,7 @@ struct BlockOperands {
   const int8_t* high[kTokens];
   const int8_t* low[kTokens];
   int64_t plane, planes;  // first plane of the block; planes that the row stores
+  int64_t ahead;          // bytes that the prefetch runs ahead
 };
 
 template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
@@ -82,7 +83,7 @@ struct Block {
     if constexpr (i < kPieces) {
       constexpr int piece = kPiece + i, plane = piece / 2;
       if (!stored(o, plane)) return;
-      const __m256i codes = peel<kBits, kPlanes, true, plane, piece % 2>(o.row, o.plane, o.planes);
+      const __m256i codes = peel<kBits, kPlanes, true, plane, piece % 2>(o.row, o.plane, o.planes, o.ahead);
       for (int t = 0; t < kTokens; t++) {
         const __m256i dl = load32(o.low[t] + piece * 32), dh = kTwoDigits ? load32(o.high[t] + piece * 32) : dl;
         for (int p = 0; p < kParts<kBits>; p++) {
@@ -147,6 +148,7 @@ LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, i
   const ChunkGrid grid(w, kChunk);
   BlockOperands<kTokens> o;
   o.planes = stored_planes<kBits>(w->cols);
+  o.ahead = prefetch_ahead();
   o.row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
   __m256 acc[kTokens][2];
   for (int t = 0; t < kTokens; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();

@@ -53,6 +53,7 @@ struct BlockOperands {
   const int8_t* high[kTokens];
   const int8_t* low[kTokens];
   int64_t plane, planes;  // first plane of the block; planes that the row stores
+  int64_t ahead;          // bytes that the prefetch runs ahead
 };
 
 template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
@@ -70,9 +71,9 @@ struct Block {
   template <int kLeaf>
   LOWBIT_INLINE static S leaf(const Operands& o) {
     constexpr int p0 = kLeaf * kLeafPlanes, p1 = p0 + kLeafPlanes - 1;
-    const __m512i c0 = peel<kBits, kPlanes, true, p0>(o.row, o.plane, o.planes);
+    const __m512i c0 = peel<kBits, kPlanes, true, p0>(o.row, o.plane, o.planes, o.ahead);
     __m512i c1 = _mm512_setzero_si512();
-    if (p1 > p0 && stored(o, p1)) c1 = peel<kBits, kPlanes, true, p1>(o.row, o.plane, o.planes);
+    if (p1 > p0 && (kBits < 8 || stored(o, p1))) c1 = peel<kBits, kPlanes, true, p1>(o.row, o.plane, o.planes, o.ahead);
     S s;
     for (int t = 0; t < kTokens; t++) {
       __m512i sum = _mm512_setzero_si512();
@@ -121,6 +122,7 @@ LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, i
   const ChunkGrid grid(w, kChunk);
   BlockOperands<kTokens> o;
   o.planes = stored_planes<kBits>(w->cols);
+  o.ahead = prefetch_ahead();
   o.row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
   __m512 acc[kTokens];
   for (int t = 0; t < kTokens; t++) acc[t] = _mm512_setzero_ps();
