@@ -14,7 +14,6 @@ MODEL  ?= tests/data/tiny-llama-code
 SITE   := build/site
 # A command line of lowbit's, shown as a user would type it.
 show   = echo; echo '$$ lowbit $(1)'; PYTHONPATH=$(SITE) $(PY) -m lowbit $(1)
-comma := ,
 
 export PATH := $(abspath $(dir $(PY))):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
@@ -51,7 +50,7 @@ demo: site  ## quantize a small real model to 4 bits, look at it, compare it, le
 	@$(call show,quantize $(MODEL) -o build/demo --bits 4 --group-size 128)
 	@$(call show,inspect build/demo)
 	@$(call show,eval build/demo --against $(MODEL))
-	@$(call show,generate build/demo "def read(self$(comma) " --max-new-tokens 60 --temperature 0.7 --seed 3)
+	@$(call show,generate build/demo "class " --max-new-tokens 60 --temperature 0.6 --seed 1)
 	@echo; echo "The same for a model of yours: pip install '.[hf,cli]', then lowbit quantize MODEL -o OUT"
 
 test: lint-python test-cpp test-asan test-python  ## everything: lint, C++ tests plain and sanitized, the wheel, pytest
