@@ -21,7 +21,14 @@ extern "C" {
 #define LOWBIT_API
 #endif
 
-typedef enum lowbit_status {
+/* In C++ an enum of fixed width may hold any int, so a wrong value is refused by a check and not undefined. */
+#if defined(__cplusplus)
+#define LOWBIT_ENUM_TYPE : int
+#else
+#define LOWBIT_ENUM_TYPE
+#endif
+
+typedef enum lowbit_status LOWBIT_ENUM_TYPE {
   LOWBIT_OK = 0,
   LOWBIT_INVALID_ARGUMENT = 1, /* a value, shape or combination that no call could accept */
   LOWBIT_OUT_OF_RANGE = 2,     /* an id or index outside its table */
@@ -31,15 +38,15 @@ typedef enum lowbit_status {
 } lowbit_status;
 
 /* The value of an integer format is its width in bits. */
-typedef enum lowbit_format { LOWBIT_INT2 = 2, LOWBIT_INT3 = 3, LOWBIT_INT4 = 4, LOWBIT_INT8 = 8 } lowbit_format;
+typedef enum lowbit_format LOWBIT_ENUM_TYPE { LOWBIT_INT2 = 2, LOWBIT_INT3 = 3, LOWBIT_INT4 = 4, LOWBIT_INT8 = 8 } lowbit_format;
 
-typedef enum lowbit_dtype { LOWBIT_F32 = 0, LOWBIT_F16 = 1, LOWBIT_BF16 = 2, LOWBIT_I32 = 3, LOWBIT_I64 = 4 } lowbit_dtype;
+typedef enum lowbit_dtype LOWBIT_ENUM_TYPE { LOWBIT_F32 = 0, LOWBIT_F16 = 1, LOWBIT_BF16 = 2, LOWBIT_I32 = 3, LOWBIT_I64 = 4 } lowbit_dtype;
 
 /* How matmul represents its activations: two int8 digits (16-bit fixed point, the default) or one, per chunk. */
-typedef enum lowbit_activations { LOWBIT_ACT_FLOAT = 0, LOWBIT_ACT_INT8 = 1 } lowbit_activations;
+typedef enum lowbit_activations LOWBIT_ENUM_TYPE { LOWBIT_ACT_FLOAT = 0, LOWBIT_ACT_INT8 = 1 } lowbit_activations;
 
 /* What gather does with an id outside [0, rows). */
-typedef enum lowbit_id_policy { LOWBIT_IDS_ERROR = 0, LOWBIT_IDS_ZERO = 1, LOWBIT_IDS_CLAMP = 2 } lowbit_id_policy;
+typedef enum lowbit_id_policy LOWBIT_ENUM_TYPE { LOWBIT_IDS_ERROR = 0, LOWBIT_IDS_ZERO = 1, LOWBIT_IDS_CLAMP = 2 } lowbit_id_policy;
 
 /* A view of a packed matrix: W[n,k] = scales[n, g] * (code[n,k] - zeros[n, g]), g = k / group_size, k < cols.
  * With perm, column j of the packed matrix is column perm[j] of the original. */
