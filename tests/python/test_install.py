@@ -4,7 +4,6 @@ The installed package is the one that `import lowbit` finds: the wheel under `ma
 """
 
 import ast
-import inspect
 import os
 import re
 import shutil
@@ -117,10 +116,10 @@ def stub_signature(function: ast.FunctionDef) -> tuple[list[str], str]:
     return [name for name in names if name != "self"], ast.unparse(function.returns)
 
 
-def built_signature(function) -> tuple[list[str], str]:
+def built_signature(member) -> tuple[list[str], str]:
     """Names of the arguments and the type of the result, from the first line that pybind11 writes."""
-    text = inspect.getdoc(function).splitlines()[0]
-    arguments, result = re.fullmatch(r"\w+\((.*)\) -> (.*)", text).groups()
+    text = (member.fget if isinstance(member, property) else member).__doc__.splitlines()[0]
+    arguments, result = re.fullmatch(r"\w*\((.*)\) -> (.*)", text).groups()
     return [name for name in re.findall(r"(?:^|, )(\w+): ", arguments) if name != "self"], result
 
 
