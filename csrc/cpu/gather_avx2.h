@@ -25,21 +25,27 @@ LOWBIT_INLINE __m128i to_half(__m256 v, lowbit_dtype dtype) {
   return dtype == LOWBIT_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : to_bf16(v);
 }
 
-// Scale and zero of the group that holds the next 16 columns of a row, column by column.
+// Scale and zero of the group that holds the next 16 columns of a row, column by column. Fields of the matrix are copied:
+// the compiler must take every store of a value for a change of them.
 struct GroupCursor {
-  const lowbit_matrix* w;
-  int64_t base, end;  // index of the current group's scale; first column beyond the group
+  const void* scales;
+  const uint8_t* zeros;
+  int64_t group_size, base, end;  // base: index of the current group's scale; end: first column beyond the group
+  lowbit_dtype scale_dtype;
   float scale;
   int zero;
 
   LOWBIT_INLINE void load() {
-    scale = load_float_at(w->scales, w->scale_dtype, base);
-    if (w->zeros) zero = w->zeros[base];
+    scale = load_float_at(scales, scale_dtype, base);
+    if (zeros) zero = zeros[base];
   }
   LOWBIT_INLINE GroupCursor(const lowbit_matrix* w, int64_t row)
-      : w(w),
+      : scales(w->scales),
+        zeros(w->zeros),
+        group_size(w->group_size),
         base((w->scale_rows == 1 ? 0 : row) * w->scale_cols),
         end(w->scale_cols == 1 ? INT64_MAX : w->group_size),
+        scale_dtype(w->scale_dtype),
         zero(1 << (int(w->format) - 1)) {
     load();
   }
@@ -47,7 +53,7 @@ struct GroupCursor {
   LOWBIT_INLINE bool advance(int64_t k) {
     if (k < end) return false;
     base++;
-    end += w->group_size;
+    end += group_size;
     load();
     return true;
   }

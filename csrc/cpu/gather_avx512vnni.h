@@ -26,21 +26,27 @@ LOWBIT_INLINE __m256i to_half(__m512 v, lowbit_dtype dtype) {
   return dtype == LOWBIT_F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : to_bf16(v);
 }
 
-// Scale and zero of the group that holds the next 16 columns of a row, column by column.
+// Scale and zero of the group that holds the next 16 columns of a row, column by column. Fields of the matrix are copied:
+// the compiler must take every store of a value for a change of them.
 struct GroupCursor {
-  const lowbit_matrix* w;
-  int64_t base, end;  // index of the current group's scale; first column beyond the group
+  const void* scales;
+  const uint8_t* zeros;
+  int64_t group_size, base, end;  // base: index of the current group's scale; end: first column beyond the group
+  lowbit_dtype scale_dtype;
   float scale;
   int zero;
 
   LOWBIT_INLINE void load() {
-    scale = _mm512_cvtss_f32(load_floats(w->scales, w->scale_dtype, base, 1));
-    if (w->zeros) zero = w->zeros[base];
+    scale = _mm512_cvtss_f32(load_floats(scales, scale_dtype, base, 1));
+    if (zeros) zero = zeros[base];
   }
   LOWBIT_INLINE GroupCursor(const lowbit_matrix* w, int64_t row)
-      : w(w),
+      : scales(w->scales),
+        zeros(w->zeros),
+        group_size(w->group_size),
         base((w->scale_rows == 1 ? 0 : row) * w->scale_cols),
         end(w->scale_cols == 1 ? INT64_MAX : w->group_size),
+        scale_dtype(w->scale_dtype),
         zero(1 << (int(w->format) - 1)) {
     load();
   }
@@ -48,7 +54,7 @@ struct GroupCursor {
   LOWBIT_INLINE bool advance(int64_t k) {
     if (k < end) return false;
     base++;
-    end += w->group_size;
+    end += group_size;
     load();
     return true;
   }
@@ -110,31 +116,47 @@ struct RowDecoder {
     _mm512_mask_storeu_epi16(out, mask, values);
   }
 
-  // 16 columns to fp32.
-  LOWBIT_INLINE void float_block(__m128i codes, int64_t k, int64_t cols, float* out) {
-    const bool moved = at.advance(k);
+  // 16 columns of the current group to fp32.
+  LOWBIT_INLINE __m512 values16(__m128i codes) const {
     const __m512i index = _mm512_cvtepu8_epi32(codes);
-    __m512 values;
-    if constexpr (kTable) {
-      if (moved) floats = group_table(at);
-      values = _mm512_permutexvar_ps(index, floats);
-    } else {
-      values = decode(index, at);
-    }
-    _mm512_mask_storeu_ps(out, first_lanes(cols - k), values);
+    return kTable ? _mm512_permutexvar_ps(index, floats) : decode(index, at);
+  }
+
+  LOWBIT_INLINE void float_block(__m128i codes, int64_t k, int64_t cols, float* out) {
+    if (at.advance(k) && kTable) floats = group_table(at);
+    _mm512_mask_storeu_ps(out, first_lanes(cols - k), values16(codes));
   }
 
   LOWBIT_INLINE void plane(__m512i codes, int64_t k, int64_t cols, void* out) {
+    const bool moved = at.advance(k);
+    if constexpr (kTable) {
+      if (moved && kHalf) halves = _mm512_broadcast_i64x4(to_half(group_table(at), dtype));
+      if (moved && !kHalf) floats = group_table(at);
+    }
+    const bool whole = k + 64 <= at.end && k + 64 <= cols;  // one group, no tail: nothing to ask in between
     if constexpr (kHalf) {
       uint16_t* to = static_cast<uint16_t*>(out);
-      half_block(_mm512_castsi512_si256(codes), k, cols, to);
-      if (k + 32 < cols) half_block(_mm512_extracti64x4_epi64(codes, 1), k + 32, cols, to + 32);
+      const __m256i first = _mm512_castsi512_si256(codes), second = _mm512_extracti64x4_epi64(codes, 1);
+      if (kTable && whole) {
+        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(first), halves));
+        _mm512_storeu_si512(to + 32, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(second), halves));
+      } else {
+        half_block(first, k, cols, to);
+        if (k + 32 < cols) half_block(second, k + 32, cols, to + 32);
+      }
     } else {
       float* to = static_cast<float*>(out);
-      float_block(codes16<0>(codes), k, cols, to);
-      if (k + 16 < cols) float_block(codes16<1>(codes), k + 16, cols, to + 16);
-      if (k + 32 < cols) float_block(codes16<2>(codes), k + 32, cols, to + 32);
-      if (k + 48 < cols) float_block(codes16<3>(codes), k + 48, cols, to + 48);
+      if (whole) {
+        _mm512_storeu_ps(to, values16(codes16<0>(codes)));
+        _mm512_storeu_ps(to + 16, values16(codes16<1>(codes)));
+        _mm512_storeu_ps(to + 32, values16(codes16<2>(codes)));
+        _mm512_storeu_ps(to + 48, values16(codes16<3>(codes)));
+      } else {
+        float_block(codes16<0>(codes), k, cols, to);
+        if (k + 16 < cols) float_block(codes16<1>(codes), k + 16, cols, to + 16);
+        if (k + 32 < cols) float_block(codes16<2>(codes), k + 32, cols, to + 32);
+        if (k + 48 < cols) float_block(codes16<3>(codes), k + 48, cols, to + 48);
+      }
     }
   }
 };
