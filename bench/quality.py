@@ -28,7 +28,11 @@ from lowbit.sample_text import calibration_text
 MODEL = Path(__file__).parents[1] / "tests" / "data" / "tiny-llama-code"
 CONTEXT = 256
 SIZES = ((8, 32), (4, 128), (3, 128), (2, 64))  # bits, group size
-VARIANTS = {"round to nearest": {"method": "rtn"}, "defaults": {}}
+VARIANTS = {
+    "round to nearest": {"method": "rtn", "clip": False},
+    "rounded and clipped": {"method": "rtn", "clip": True},
+    "defaults": {},
+}
 # One change to the defaults each; a value that is the default is left out.
 CHANGES = {
     "order": ("none", "act", "gar"),

@@ -152,3 +152,13 @@ def test_needs_calibration():
     assert Recipe().needs_calibration
     assert not Recipe(method="rtn").needs_calibration
     assert Recipe(method="rtn", rules={"a": {"method": "gptq"}}).needs_calibration
+
+
+def test_clipping_is_searched_where_it_helps_unless_told():
+    recipe = Recipe(embed_bits=8, rules={"a": 8, "b": {"clip": False}, "c": {"bits": 8, "clip": True}})
+    clips = [recipe.for_module(name).clip for name in ("x", "a", "b", "c")]
+    assert clips == [True, False, False, True]
+    assert recipe.for_module("embed_tokens", "embedding").clip is False
+    assert Recipe(bits=3, clip=False).for_module("x").clip is False
+    with pytest.raises(TypeError, match="clip: expected True or False"):
+        Recipe(clip=1)

@@ -40,7 +40,9 @@ def quantize(
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration.")] = "gptq",
     order: Annotated[str, typer.Option(help="Column order of the solver: none, act or gar.")] = "gar",
     damp: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.01,
-    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Search the clipping of every group.")] = False,
+    clip: Annotated[
+        bool | None, typer.Option("--clip/--no-clip", help="Search the clipping of every group; default: up to 4 bits.")
+    ] = None,
     scale_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     activations: Annotated[str, typer.Option(help="Of the quantized layers at run time: float or int8.")] = "float",
     calibration: Annotated[

@@ -81,7 +81,8 @@ class Recipe:
                    permutation
     grids          where a group's grid comes from: "updated" (its weights with every correction so far) or
                    "static" (the original weights)
-    clip           search the clipping of each group that minimises sum |error|^2.4
+    clip           search the clipping of each group that minimises sum |error|^2.4. None: for widths up to 4 bits; at
+                   8 bits it costs time and gains nothing
     damp           share of the Hessian's mean diagonal that is added to its diagonal, in (0, 1]
     head_bits, embed_bits    width of the output head and of the token embedding (16 leaves them). A table
                    that both share stays one table: give both the same width, or leave one at 16 to follow the
@@ -104,7 +105,7 @@ class Recipe:
     scale_dtype: str = "float16"
     order: str = "gar"
     grids: str = "updated"
-    clip: bool = False
+    clip: bool | None = None
     damp: float = 0.01
     head_bits: int = 16
     embed_bits: int = 16
@@ -137,6 +138,8 @@ class Recipe:
         if change is not None:
             # A rule that names no width means to change how a module is quantized, not whether it is.
             spec = replace(spec, **change, rule=pattern)
+        if spec.clip is None:
+            spec = replace(spec, clip=spec.bits <= 4)
         return spec if spec.bits != 16 else None
 
     def rule_for(self, name: str) -> tuple[str | None, dict[str, Any] | str | None]:
@@ -309,7 +312,8 @@ def _check(name: str, label: str, value: Any) -> None:
         if value not in choices[name]:
             raise ValueError(f"{label}: expected one of {', '.join(choices[name])}, got {value!r}")
     elif name in ("symmetric", "clip"):
-        _check_bool(label, value)
+        if name != "clip" or value is not None:
+            _check_bool(label, value)
     elif name == "damp":
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(f"{label}: expected a number, got {value!r}")
