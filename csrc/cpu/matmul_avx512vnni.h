@@ -12,7 +12,7 @@
 //
 // kTiles, 16 tokens in the lanes: 8 rows of W are decoded to bytes in L1, 512 columns at a time; 4 codes are broadcast
 // to every token and meet the digits [k/4][16][4]: 2 vpdpbusd for a row, 4 columns and 16 tokens. The 16 slots of 8 rows
-// are 8 KB of L1. Bound by vpdpbusd, 2 * N * K * M / 64 of them, at 83% of their rate on Zen 4 (one digit: 73%).
+// are 8 KB of L1. Bound by vpdpbusd, 2 * N * K * M / 64 of them (one digit: as much by the broadcasts).
 #ifndef LOWBIT_CPU_MATMUL_AVX512VNNI_H
 #define LOWBIT_CPU_MATMUL_AVX512VNNI_H
 
