@@ -90,10 +90,10 @@ lint-python: $(READY)
 
 lint: lint-python  ## ruff, and whether `make format` would change anything
 	ruff format --check python tests bench
-	clang-format --dry-run -Werror $(CXX_FILES)
+	@clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(READY)  ## clang-format and ruff format, the versions pyproject.toml pins
-	clang-format -i $(CXX_FILES)
+	@clang-format -i $(CXX_FILES)
 	ruff format python tests bench
 
 clean:  ## remove everything built; .venv stays
