@@ -7,6 +7,8 @@ tensors: one allocation.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +40,7 @@ class PackedModule(nn.Module):
         tensors = self._weight_tensors()
         held = self._held
         # Moving, casting and loading a state replace tensors; the matrix made from the old ones is then made anew.
-        if held is None or any(a is not b for a, b in zip(tensors, held._tensors, strict=True)):
+        if held is None or not all(map(operator.is_, tensors, held._tensors)):
             options = {"format": layout.format, "cols": layout.cols, "group_size": layout.group_size}
             held = self.__dict__["_held"] = PackedMatrix(*tensors, **options, validate=False)
         return held
