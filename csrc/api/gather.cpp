@@ -20,11 +20,13 @@ int64_t read_id(const void* ids, lowbit_dtype dtype, int64_t i) {
 // Decodes rows id(0) .. id(count - 1) of a checked matrix.
 template <class Id>
 lowbit_status decode_rows(const lowbit_matrix& w, int64_t count, void* out, lowbit_dtype dtype, int64_t stride, Id id) {
-  if (!is_float(dtype)) return fail(LOWBIT_INVALID_ARGUMENT, "out: expected dtype f32, f16 or bf16, got %d", int(dtype));
+  if (!is_float(dtype))
+    return fail(LOWBIT_INVALID_ARGUMENT, "out: expected dtype f32, f16 or bf16, got %d", int(dtype));
   if (count == 0) return LOWBIT_OK;
   if (!out) return fail(LOWBIT_INVALID_ARGUMENT, "out: expected a pointer, got NULL");
   if (count > 1 && stride < w.cols)
-    return fail(LOWBIT_INVALID_ARGUMENT, "out: expected a stride of at least cols (%" PRId64 "), got %" PRId64, w.cols, stride);
+    return fail(LOWBIT_INVALID_ARGUMENT, "out: expected a stride of at least cols (%" PRId64 "), got %" PRId64, w.cols,
+                stride);
   GatherKernel kernel;
   LOWBIT_TRY(select<Verb::gather>(w.format, &kernel));
   parallel_for(count, 1, count * w.cols < kSerialCodes, [&](int64_t begin, int64_t end) {
@@ -45,8 +47,8 @@ using namespace lowbit;
 
 extern "C" {
 
-lowbit_status lowbit_gather(const lowbit_matrix* w, const void* ids, lowbit_dtype id_dtype, int64_t count, lowbit_id_policy policy,
-                            void* out, lowbit_dtype out_dtype, int64_t out_stride) {
+lowbit_status lowbit_gather(const lowbit_matrix* w, const void* ids, lowbit_dtype id_dtype, int64_t count,
+                            lowbit_id_policy policy, void* out, lowbit_dtype out_dtype, int64_t out_stride) {
   lowbit_matrix m;
   LOWBIT_TRY(check_matrix(w, &m));
   if (id_dtype != LOWBIT_I32 && id_dtype != LOWBIT_I64)
@@ -59,7 +61,8 @@ lowbit_status lowbit_gather(const lowbit_matrix* w, const void* ids, lowbit_dtyp
   if (policy == LOWBIT_IDS_ERROR)
     for (int64_t i = 0; i < count; i++)
       if (const int64_t id = read_id(ids, id_dtype, i); id < 0 || id >= m.rows)
-        return fail(LOWBIT_OUT_OF_RANGE, "ids[%" PRId64 "]: expected a row in [0, %" PRId64 "), got %" PRId64, i, m.rows, id);
+        return fail(LOWBIT_OUT_OF_RANGE, "ids[%" PRId64 "]: expected a row in [0, %" PRId64 "), got %" PRId64, i,
+                    m.rows, id);
   // Kernels take a negative id as a row of zeros.
   return decode_rows(m, count, out, out_dtype, out_stride, [&](int64_t i) {
     const int64_t id = read_id(ids, id_dtype, i);
@@ -68,13 +71,13 @@ lowbit_status lowbit_gather(const lowbit_matrix* w, const void* ids, lowbit_dtyp
   });
 }
 
-lowbit_status lowbit_unpack(const lowbit_matrix* w, int64_t row_begin, int64_t row_end, void* out, lowbit_dtype out_dtype,
-                            int64_t out_stride) {
+lowbit_status lowbit_unpack(const lowbit_matrix* w, int64_t row_begin, int64_t row_end, void* out,
+                            lowbit_dtype out_dtype, int64_t out_stride) {
   lowbit_matrix m;
   LOWBIT_TRY(check_matrix(w, &m));
   if (row_begin < 0 || row_end < row_begin || row_end > m.rows)
-    return fail(LOWBIT_OUT_OF_RANGE, "rows: expected a range inside [0, %" PRId64 "), got [%" PRId64 ", %" PRId64 ")", m.rows,
-                row_begin, row_end);
+    return fail(LOWBIT_OUT_OF_RANGE, "rows: expected a range inside [0, %" PRId64 "), got [%" PRId64 ", %" PRId64 ")",
+                m.rows, row_begin, row_end);
   return decode_rows(m, row_end - row_begin, out, out_dtype, out_stride, [&](int64_t i) { return row_begin + i; });
 }
 }

@@ -38,10 +38,12 @@ void join_run(int bits, const uint8_t* codes, uint32_t* words) {
   }
 }
 
-lowbit_status check_stream(int bits, int64_t rows, int64_t other, const char* name, const void* words, const void* bytes) {
+lowbit_status check_stream(int bits, int64_t rows, int64_t other, const char* name, const void* words,
+                           const void* bytes) {
   if (!is_format(bits)) return fail(LOWBIT_INVALID_ARGUMENT, "bits: expected 2, 3, 4 or 8, got %d", bits);
   if (rows < 1 || other < 1 || rows > kMaxElements / other)
-    return fail(LOWBIT_INVALID_ARGUMENT, "%s: expected a positive shape below 2^46, got %" PRId64 "x%" PRId64, name, rows, other);
+    return fail(LOWBIT_INVALID_ARGUMENT, "%s: expected a positive shape below 2^46, got %" PRId64 "x%" PRId64, name,
+                rows, other);
   if (!words || !bytes) return fail(LOWBIT_INVALID_ARGUMENT, "%s: expected pointers, got NULL", name);
   return LOWBIT_OK;
 }
@@ -91,7 +93,8 @@ lowbit_status lowbit_gptq_write_weight(int bits, int64_t rows, int64_t cols, con
   return LOWBIT_OK;
 }
 
-lowbit_status lowbit_gptq_read_zeros(int bits, int version, int64_t rows, int64_t groups, const int32_t* qzeros, uint8_t* zeros) {
+lowbit_status lowbit_gptq_read_zeros(int bits, int version, int64_t rows, int64_t groups, const int32_t* qzeros,
+                                     uint8_t* zeros) {
   LOWBIT_TRY(check_stream(bits, rows, groups, "qzeros", qzeros, zeros));
   LOWBIT_TRY(check_multiple("out_features", rows));
   if (version != 1 && version != 2) return fail(LOWBIT_INVALID_ARGUMENT, "version: expected 1 or 2, got %d", version);
@@ -107,7 +110,8 @@ lowbit_status lowbit_gptq_read_zeros(int bits, int version, int64_t rows, int64_
       for (int j = 0; j < kRun; j++) {
         if (version == 1 && bits != 3 && fields[j] == largest)
           return fail(LOWBIT_INVALID_ARGUMENT,
-                      "qzeros[%" PRId64 "], row %" PRId64 ": a v1 field of %d is ambiguous (writers disagree on a zero point of 0); "
+                      "qzeros[%" PRId64 "], row %" PRId64
+                      ": a v1 field of %d is ambiguous (writers disagree on a zero point of 0); "
                       "convert the checkpoint to gptq_v2 with the tool that wrote it",
                       g, run * kRun + j, largest);
         const int zero = borrowed ? 4 : version == 1 ? (fields[j] + 1) & largest : fields[j];
@@ -117,7 +121,8 @@ lowbit_status lowbit_gptq_read_zeros(int bits, int version, int64_t rows, int64_
   return LOWBIT_OK;
 }
 
-lowbit_status lowbit_gptq_write_zeros(int bits, int version, int64_t rows, int64_t groups, const uint8_t* zeros, int32_t* qzeros) {
+lowbit_status lowbit_gptq_write_zeros(int bits, int version, int64_t rows, int64_t groups, const uint8_t* zeros,
+                                      int32_t* qzeros) {
   LOWBIT_TRY(check_stream(bits, rows, groups, "qzeros", qzeros, zeros));
   LOWBIT_TRY(check_multiple("out_features", rows));
   if (version != 1 && version != 2) return fail(LOWBIT_INVALID_ARGUMENT, "version: expected 1 or 2, got %d", version);
@@ -131,10 +136,12 @@ lowbit_status lowbit_gptq_write_zeros(int bits, int version, int64_t rows, int64
         const int64_t n = run * kRun + j;
         const int zero = zeros[n * groups + g];
         if (zero > largest)
-          return fail(LOWBIT_OUT_OF_RANGE, "zeros[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", n, g, largest, zero);
+          return fail(LOWBIT_OUT_OF_RANGE, "zeros[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", n, g,
+                      largest, zero);
         if (version == 1 && zero == 0)
           return fail(LOWBIT_INVALID_ARGUMENT,
-                      "zeros[%" PRId64 ", %" PRId64 "]: a zero point of 0 has no agreed form in gptq v1; write gptq_v2", n, g);
+                      "zeros[%" PRId64 ", %" PRId64 "]: a zero point of 0 has no agreed form in gptq v1; write gptq_v2",
+                      n, g);
         fields[j] = uint8_t(version == 1 ? zero - 1 : zero);
       }
       join_run(bits, fields, words);

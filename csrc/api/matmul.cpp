@@ -12,10 +12,10 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t kTokenBatch = 256;           // bounds the scratch, whatever the number of tokens
+constexpr int64_t kTokenBatch = 256;               // bounds the scratch, whatever the number of tokens
 constexpr int64_t kSerialWork = int64_t(1) << 18;  // multiply-adds below which waking a thread costs more
-constexpr int64_t kPadding = 512;              // codes: a whole int3 group, the widest unit of any format
-constexpr int64_t kRowGrain = 16;              // rows: a cache line of fp32 outputs has one writer
+constexpr int64_t kPadding = 512;                  // codes: a whole int3 group, the widest unit of any format
+constexpr int64_t kRowGrain = 16;                  // rows: a cache line of fp32 outputs has one writer
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -54,13 +54,14 @@ struct Output {
   int64_t stride;
 };
 
-void multiply_rows(const lowbit_matrix& w, const Activations& x, const float* bias, int64_t begin, int64_t end, MatmulKernel kernel,
-                   StoreKernel store, const Output& out) {
+void multiply_rows(const lowbit_matrix& w, const Activations& x, const float* bias, int64_t begin, int64_t end,
+                   MatmulKernel kernel, StoreKernel store, const Output& out) {
   alignas(64) float tile[kTokenBatch * kRowBlock];
   for (int64_t n = begin; n < end; n += kRowBlock) {
     const int64_t rows = end - n < kRowBlock ? end - n : kRowBlock;
     kernel(&w, &x, n, n + rows, tile, kRowBlock);
-    store(tile, kRowBlock, bias ? bias + n : nullptr, x.tokens, rows, out.y + n * dtype_bytes(out.dtype), out.dtype, out.stride);
+    store(tile, kRowBlock, bias ? bias + n : nullptr, x.tokens, rows, out.y + n * dtype_bytes(out.dtype), out.dtype,
+          out.stride);
   }
 }
 
@@ -78,8 +79,8 @@ size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_ac
 }
 
 lowbit_status lowbit_matmul(const lowbit_matrix* w, const void* x, lowbit_dtype dtype, int64_t tokens, int64_t x_stride,
-                            const void* bias, lowbit_dtype bias_dtype, void* y, int64_t y_stride, lowbit_activations activations,
-                            void* workspace, size_t workspace_bytes) {
+                            const void* bias, lowbit_dtype bias_dtype, void* y, int64_t y_stride,
+                            lowbit_activations activations, void* workspace, size_t workspace_bytes) {
   lowbit_matrix m;
   LOWBIT_TRY(check_matrix(w, &m));
   if (!is_float(dtype)) return fail(LOWBIT_INVALID_ARGUMENT, "x: expected dtype f32, f16 or bf16, got %d", int(dtype));
@@ -92,8 +93,8 @@ lowbit_status lowbit_matmul(const lowbit_matrix* w, const void* x, lowbit_dtype 
   if (!x || !y) return fail(LOWBIT_INVALID_ARGUMENT, "x and y: expected pointers, got NULL");
   if (tokens > 1 && (x_stride < m.cols || y_stride < m.rows))
     return fail(LOWBIT_INVALID_ARGUMENT,
-                "strides: expected at least cols (%" PRId64 ") and rows (%" PRId64 "), got %" PRId64 " and %" PRId64, m.cols, m.rows,
-                x_stride, y_stride);
+                "strides: expected at least cols (%" PRId64 ") and rows (%" PRId64 "), got %" PRId64 " and %" PRId64,
+                m.cols, m.rows, x_stride, y_stride);
   if (tokens > kMaxElements / (m.rows > m.cols ? m.rows : m.cols))
     return fail(LOWBIT_INVALID_ARGUMENT, "tokens: expected below 2^46 elements, got %" PRId64, tokens);
   ActivationsKernel quantize;
@@ -105,8 +106,8 @@ lowbit_status lowbit_matmul(const lowbit_matrix* w, const void* x, lowbit_dtype 
 
   const size_t needed = size_t(Scratch(m, tokens, activations, nullptr).bytes);
   if (workspace && (workspace_bytes < needed || uintptr_t(workspace) % 64))
-    return fail(LOWBIT_INVALID_ARGUMENT, "workspace: expected %zu bytes at a multiple of 64, got %zu at %p", needed, workspace_bytes,
-                workspace);
+    return fail(LOWBIT_INVALID_ARGUMENT, "workspace: expected %zu bytes at a multiple of 64, got %zu at %p", needed,
+                workspace_bytes, workspace);
   void* owned = workspace ? nullptr : aligned_alloc(64, needed);  // the heap keeps it for the next call
   if (!workspace && !owned) return fail(LOWBIT_OUT_OF_MEMORY, "workspace: no memory for %zu bytes", needed);
   Scratch scratch(m, tokens, activations, static_cast<char*>(workspace ? workspace : owned));

@@ -15,7 +15,8 @@
 namespace lowbit {
 
 lowbit_status check_shape(int format, int64_t rows, int64_t cols) {
-  if (!is_format(format)) return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4 or int8, got %d", format);
+  if (!is_format(format))
+    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4 or int8, got %d", format);
   if (rows < 1 || cols < 1)
     return fail(LOWBIT_INVALID_ARGUMENT, "shape: expected at least 1x1, got %" PRId64 "x%" PRId64, rows, cols);
   if (cols > INT32_MAX) return fail(LOWBIT_INVALID_ARGUMENT, "cols: expected at most 2^31 - 1, got %" PRId64, cols);
@@ -28,7 +29,8 @@ lowbit_status check_group_size(int64_t cols, int64_t group_size) {
   if (group_size == cols) return LOWBIT_OK;
   if (group_size < 16 || group_size > cols || group_size % 16)
     return fail(LOWBIT_INVALID_ARGUMENT,
-                "group_size: expected -1, a multiple of 16 up to cols (%" PRId64 "), or cols, got %" PRId64, cols, group_size);
+                "group_size: expected -1, a multiple of 16 up to cols (%" PRId64 "), or cols, got %" PRId64, cols,
+                group_size);
   return LOWBIT_OK;
 }
 
@@ -38,7 +40,8 @@ lowbit_status check_perm(const int32_t* perm, int64_t cols) {
   if (largest < uint64_t(cols)) return LOWBIT_OK;
   int64_t j = 0;
   while (uint32_t(perm[j]) < uint64_t(cols)) j++;
-  return fail(LOWBIT_INVALID_ARGUMENT, "perm[%" PRId64 "]: expected a column in [0, %" PRId64 "), got %d", j, cols, perm[j]);
+  return fail(LOWBIT_INVALID_ARGUMENT, "perm[%" PRId64 "]: expected a column in [0, %" PRId64 "), got %d", j, cols,
+              perm[j]);
 }
 
 lowbit_status check_matrix(const lowbit_matrix* w, lowbit_matrix* normalised) {
@@ -55,8 +58,9 @@ lowbit_status check_matrix(const lowbit_matrix* w, lowbit_matrix* normalised) {
   const bool grouped = w->scale_rows == w->rows && w->scale_cols == groups;
   const bool per_tensor = w->scale_rows == 1 && w->scale_cols == 1 && groups == 1;
   if (!grouped && !per_tensor)
-    return fail(LOWBIT_INVALID_ARGUMENT, "scales: expected shape [%" PRId64 ", %" PRId64 "]%s, got [%" PRId64 ", %" PRId64 "]",
-                w->rows, groups, groups == 1 ? " or [1, 1]" : "", w->scale_rows, w->scale_cols);
+    return fail(LOWBIT_INVALID_ARGUMENT,
+                "scales: expected shape [%" PRId64 ", %" PRId64 "]%s, got [%" PRId64 ", %" PRId64 "]", w->rows, groups,
+                groups == 1 ? " or [1, 1]" : "", w->scale_rows, w->scale_cols);
   if (w->perm) LOWBIT_TRY(check_perm(w->perm, w->cols));
   return LOWBIT_OK;
 }
@@ -83,14 +87,15 @@ lowbit_status lowbit_matrix_check(const lowbit_matrix* w, int values) {
   const int largest = (1 << m.format) - 1;
   for (int64_t i = 0; m.zeros && i < count; i++)
     if (m.zeros[i] > largest)
-      return fail(LOWBIT_INVALID_ARGUMENT, "zeros[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", i / m.scale_cols,
-                  i % m.scale_cols, largest, m.zeros[i]);
+      return fail(LOWBIT_INVALID_ARGUMENT, "zeros[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d",
+                  i / m.scale_cols, i % m.scale_cols, largest, m.zeros[i]);
   if (m.perm) {  // in range already; now every column once
     std::unique_ptr<uint8_t[]> seen(new (std::nothrow) uint8_t[size_t(m.cols)]());
     if (!seen) return fail(LOWBIT_OUT_OF_MEMORY, "perm: no memory for %" PRId64 " marks", m.cols);
     for (int64_t j = 0; j < m.cols; j++)
       if (seen[size_t(m.perm[j])]++)
-        return fail(LOWBIT_INVALID_ARGUMENT, "perm: expected every column once, got %d again at %" PRId64, m.perm[j], j);
+        return fail(LOWBIT_INVALID_ARGUMENT, "perm: expected every column once, got %d again at %" PRId64, m.perm[j],
+                    j);
   }
   return LOWBIT_OK;
 }

@@ -82,8 +82,8 @@ lowbit_status lowbit_pack_codes(const lowbit_matrix* w, const uint8_t* codes, ui
   if (const int64_t n = bad; n >= 0) {
     int64_t k = 0;
     while (codes[n * cols + k] >> bits == 0) k++;
-    return fail(LOWBIT_OUT_OF_RANGE, "codes[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", n, k, (1 << bits) - 1,
-                codes[n * cols + k]);
+    return fail(LOWBIT_OUT_OF_RANGE, "codes[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", n, k,
+                (1 << bits) - 1, codes[n * cols + k]);
   }
   return LOWBIT_OK;
 }
@@ -92,12 +92,13 @@ lowbit_status lowbit_unpack_codes(const lowbit_matrix* w, int64_t row_begin, int
   lowbit_matrix m;
   LOWBIT_TRY(check_matrix(w, &m));
   if (row_begin < 0 || row_end < row_begin || row_end > m.rows)
-    return fail(LOWBIT_OUT_OF_RANGE, "rows: expected a range inside [0, %" PRId64 "), got [%" PRId64 ", %" PRId64 ")", m.rows,
-                row_begin, row_end);
+    return fail(LOWBIT_OUT_OF_RANGE, "rows: expected a range inside [0, %" PRId64 "), got [%" PRId64 ", %" PRId64 ")",
+                m.rows, row_begin, row_end);
   if (!out && row_end > row_begin) return fail(LOWBIT_INVALID_ARGUMENT, "out: expected a pointer, got NULL");
   const int64_t row_bytes = row_lines(m.format, m.cols) * kLineBytes;
   parallel_for(row_end - row_begin, 1, (row_end - row_begin) * m.cols < kSerialCodes, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) unpack_row(m.format, m.cols, m.codes + (row_begin + i) * row_bytes, out + i * m.cols);
+    for (int64_t i = begin; i < end; i++)
+      unpack_row(m.format, m.cols, m.codes + (row_begin + i) * row_bytes, out + i * m.cols);
   });
   return LOWBIT_OK;
 }
@@ -110,9 +111,11 @@ lowbit_status lowbit_pack_float(lowbit_format format, int64_t rows, int64_t cols
   LOWBIT_TRY(check_group_size(cols, group_size));
   if (!src || !codes_out || !scales_out) return fail(LOWBIT_INVALID_ARGUMENT, "pack: expected pointers, got NULL");
   if (!is_float(src_dtype) || !is_float(scale_dtype))
-    return fail(LOWBIT_INVALID_ARGUMENT, "dtype: expected f32, f16 or bf16, got source %d, scales %d", int(src_dtype), int(scale_dtype));
+    return fail(LOWBIT_INVALID_ARGUMENT, "dtype: expected f32, f16 or bf16, got source %d, scales %d", int(src_dtype),
+                int(scale_dtype));
   if (src_stride < cols)
-    return fail(LOWBIT_INVALID_ARGUMENT, "stride: expected at least cols (%" PRId64 "), got %" PRId64, cols, src_stride);
+    return fail(LOWBIT_INVALID_ARGUMENT, "stride: expected at least cols (%" PRId64 "), got %" PRId64, cols,
+                src_stride);
   const int bits = format;
   const int64_t groups = ceil_div(cols, group_size), row_bytes = row_lines(bits, cols) * kLineBytes;
   std::atomic<int64_t> bad{-1};

@@ -43,7 +43,8 @@ void find_step(float a, bool two_digits, float* step, float* inverse) {
 void activations__ref(const void* x, lowbit_dtype dtype, int64_t stride, const int32_t* perm, int64_t m0, int64_t m1,
                       const Activations* out) {
   const Activations& a = *out;
-  const int64_t token_end = a.layout == Activations::kTiles ? ceil_div(m1, kLanes) * kLanes : m1;  // absent ones are zero
+  const int64_t token_end =
+      a.layout == Activations::kTiles ? ceil_div(m1, kLanes) * kLanes : m1;  // absent ones are zero
   for (int64_t m = m0; m < token_end; m++) {
     const Place at = place(&a, m);
     auto value = [&](int64_t k) { return load_float(x, dtype, m * stride + (perm ? perm[k] : k)); };

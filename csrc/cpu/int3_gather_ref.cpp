@@ -4,7 +4,7 @@
 namespace lowbit {
 
 void int3_gather__ref(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out, lowbit_dtype out_dtype,
-                       int64_t out_stride) {
+                      int64_t out_stride) {
   gather_ref<3>(w, ids, count, out, out_dtype, out_stride);
 }
 

@@ -3,7 +3,8 @@
 
 namespace lowbit {
 
-void int3_matmul__ref(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
+void int3_matmul__ref(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                      int64_t out_stride) {
   matmul_ref<3>(w, x, n0, n1, out, out_stride);
 }
 

@@ -29,8 +29,8 @@ struct Activations {
   int64_t chunks_padded;              // a multiple of 16; step and sum are zero beyond chunks
   int8_t* high;                       // NULL in int8 mode
   int8_t* low;
-  float* step;                        // rows: [tokens][chunks_padded]; tiles: [tiles][chunks_padded][16]
-  int32_t* sum;                       // same shape: sum of 256 * high + low over the chunk
+  float* step;   // rows: [tokens][chunks_padded]; tiles: [tiles][chunks_padded][16]
+  int32_t* sum;  // same shape: sum of 256 * high + low over the chunk
 };
 
 // Quantizes tokens [m0, m1) of x (dtype, stride in elements; column j of the matrix is column perm[j] of x) into `out`
@@ -45,13 +45,13 @@ constexpr int64_t kRowBlock = 64;
 
 // out[0 .. cols) = row n of W in original column order, in out_dtype (f32, f16, bf16). ids: see below.
 // Decodes rows ids[0..count) (every id already checked; a negative one gives a row of zeros).
-typedef void (*GatherKernel)(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out, lowbit_dtype out_dtype,
-                             int64_t out_stride);
+typedef void (*GatherKernel)(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out,
+                             lowbit_dtype out_dtype, int64_t out_stride);
 
 // y[m * y_stride + n] = tile[m * tile_stride + n] + bias[n] for m < tokens, n < rows, rounded once to dtype. bias: fp32
 // or NULL.
-typedef void (*StoreKernel)(const float* tile, int64_t tile_stride, const float* bias, int64_t tokens, int64_t rows, void* y,
-                            lowbit_dtype dtype, int64_t y_stride);
+typedef void (*StoreKernel)(const float* tile, int64_t tile_stride, const float* bias, int64_t tokens, int64_t rows,
+                            void* y, lowbit_dtype dtype, int64_t y_stride);
 
 // The index of the scale of (row, group), for [rows][G], [rows][1] and [1][1] scales alike.
 inline int64_t scale_index(const lowbit_matrix* w, int64_t row, int64_t group) {

@@ -29,12 +29,14 @@ void matmul_ref(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_
           const int zero = w->zeros ? w->zeros[at] : 1 << (Bits - 1);
           scale = load_float(w->scales, w->scale_dtype, at);
           for (int64_t k = begin; k < end; k++) {
-            const int64_t digit = tiles ? tile * kLanes * x->cols_padded + k / 4 * 64 + lane * 4 + k % 4 : m * x->cols_padded + k;
+            const int64_t digit =
+                tiles ? tile * kLanes * x->cols_padded + k / 4 * 64 + lane * 4 + k % 4 : m * x->cols_padded + k;
             const int v = x->low[digit] + (x->high ? 256 * x->high[digit] : 0);
             product += (get_code(Bits, w->cols, row, k) - zero) * v;
           }
         }
-        const float step = tiles ? x->step[(tile * x->chunks_padded + c) * kLanes + lane] : x->step[m * x->chunks_padded + c];
+        const float step =
+            tiles ? x->step[(tile * x->chunks_padded + c) * kLanes + lane] : x->step[m * x->chunks_padded + c];
         slot[c % kSlots] = fmaf(float(product), scale * step, slot[c % kSlots]);
       }
       for (int half = kSlots / 2; half > 0; half /= 2)

@@ -32,8 +32,9 @@ void store__avx2(const float* tile, int64_t tile_stride, const float* bias, int6
       if (dtype == LOWBIT_F32)
         _mm256_storeu_ps(static_cast<float*>(y) + m * y_stride + n, value);
       else
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(y) + m * y_stride + n),
-                         dtype == LOWBIT_F16 ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : bf16_from_floats(value));
+        _mm_storeu_si128(
+            reinterpret_cast<__m128i*>(static_cast<uint16_t*>(y) + m * y_stride + n),
+            dtype == LOWBIT_F16 ? _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT) : bf16_from_floats(value));
     }
     for (; n < rows; n++) store_float(y, dtype, m * y_stride + n, bias ? from[n] + bias[n] : from[n]);
   }

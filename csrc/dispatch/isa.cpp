@@ -20,11 +20,10 @@ struct Feature {
 // __builtin_cpu_supports asks cpuid and, for AVX registers, xgetbv: a CPU whose kernel does not save zmm says no.
 #define FEATURE(name) Feature{name, __builtin_cpu_supports(name) != 0}
 const Feature* features() {
-  static const Feature list[] = {FEATURE("avx2"),     FEATURE("fma"),      FEATURE("f16c"),
-                                 FEATURE("avx512f"),  FEATURE("avx512bw"), FEATURE("avx512vl"),
-                                 FEATURE("avx512dq"), FEATURE("avx512vbmi"), FEATURE("avx512vnni"),
-                                 FEATURE("avx512bf16"), FEATURE("avx512fp16"), FEATURE("avxvnni"),
-                                 FEATURE("amx-int8"), {nullptr, false}};
+  static const Feature list[] = {
+      FEATURE("avx2"),       FEATURE("fma"),      FEATURE("f16c"),       FEATURE("avx512f"),    FEATURE("avx512bw"),
+      FEATURE("avx512vl"),   FEATURE("avx512dq"), FEATURE("avx512vbmi"), FEATURE("avx512vnni"), FEATURE("avx512bf16"),
+      FEATURE("avx512fp16"), FEATURE("avxvnni"),  FEATURE("amx-int8"),   {nullptr, false}};
   return list;
 }
 #undef FEATURE

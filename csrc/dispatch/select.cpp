@@ -24,8 +24,7 @@ struct Row {
 };
 
 const Row kTable[] = {
-#define KERNEL(symbol, verb, bits, isa) \
-  {#symbol, Verb::verb, bits, Isa::isa, reinterpret_cast<AnyKernel>(symbol)},
+#define KERNEL(symbol, verb, bits, isa) {#symbol, Verb::verb, bits, Isa::isa, reinterpret_cast<AnyKernel>(symbol)},
 #include "dispatch/kernels.inc"
 #undef KERNEL
 };

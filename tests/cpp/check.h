@@ -13,14 +13,14 @@ inline int finish(const char* name) {
 }
 }  // namespace check
 
-#define CHECK(condition, ...)                                                     \
-  do {                                                                            \
-    check::checks++;                                                              \
-    if (!(condition)) {                                                           \
-      if (check::failures++ < 20) {                                               \
-        std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition);      \
-        std::fprintf(stderr, __VA_ARGS__);                                        \
-        std::fprintf(stderr, "\n");                                               \
-      }                                                                           \
-    }                                                                             \
+#define CHECK(condition, ...)                                                \
+  do {                                                                       \
+    check::checks++;                                                         \
+    if (!(condition)) {                                                      \
+      if (check::failures++ < 20) {                                          \
+        std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+        std::fprintf(stderr, __VA_ARGS__);                                   \
+        std::fprintf(stderr, "\n");                                          \
+      }                                                                      \
+    }                                                                        \
   } while (0)

@@ -12,7 +12,8 @@ std::mt19937 random_bits(7);
 
 void refused(lowbit_status status, lowbit_status expected, const char* word, int line) {
   CHECK(status == expected, "line %d: got %s: %s", line, lowbit_status_name(status), lowbit_last_error());
-  CHECK(std::strstr(lowbit_last_error(), word), "line %d: message \"%s\" does not name \"%s\"", line, lowbit_last_error(), word);
+  CHECK(std::strstr(lowbit_last_error(), word), "line %d: message \"%s\" does not name \"%s\"", line,
+        lowbit_last_error(), word);
 }
 #define REFUSED(call, status, word) refused(call, status, word, __LINE__)
 
@@ -53,16 +54,19 @@ int main() {
   broken.zeros[3] = 0;
   broken.perm[5] = broken.perm[6];
   REFUSED(lowbit_matrix_check(&broken.view, 1), bad, "perm");
-  for (const int32_t entry : {-1, 64, INT32_MAX, INT32_MIN}) {  // out of range is caught by every verb, not only by check
+  for (const int32_t entry :
+       {-1, 64, INT32_MAX, INT32_MIN}) {  // out of range is caught by every verb, not only by check
     broken.perm[5] = entry;
-    REFUSED(lowbit_matmul(&broken.view, x.data(), LOWBIT_F32, 1, 64, nullptr, LOWBIT_F32, y.data(), 6, LOWBIT_ACT_FLOAT, nullptr, 0),
+    REFUSED(lowbit_matmul(&broken.view, x.data(), LOWBIT_F32, 1, 64, nullptr, LOWBIT_F32, y.data(), 6, LOWBIT_ACT_FLOAT,
+                          nullptr, 0),
             bad, "perm[5]");
     REFUSED(lowbit_unpack(&broken.view, 0, 1, x.data(), LOWBIT_F32, 64), bad, "perm[5]");
   }
 
-  auto matmul = [&](lowbit_dtype dtype, int64_t tokens, int64_t x_stride, int64_t y_stride, int mode, void* workspace, size_t bytes) {
-    return lowbit_matmul(&w.view, x.data(), dtype, tokens, x_stride, nullptr, LOWBIT_F32, y.data(), y_stride, lowbit_activations(mode),
-                         workspace, bytes);
+  auto matmul = [&](lowbit_dtype dtype, int64_t tokens, int64_t x_stride, int64_t y_stride, int mode, void* workspace,
+                    size_t bytes) {
+    return lowbit_matmul(&w.view, x.data(), dtype, tokens, x_stride, nullptr, LOWBIT_F32, y.data(), y_stride,
+                         lowbit_activations(mode), workspace, bytes);
   };
   REFUSED(matmul(LOWBIT_I64, 1, 64, 6, 0, nullptr, 0), bad, "dtype");
   REFUSED(matmul(LOWBIT_F32, -1, 64, 6, 0, nullptr, 0), bad, "tokens");
@@ -82,8 +86,8 @@ int main() {
   for (const float value : {NAN, INFINITY}) {
     std::vector<float> poisoned(x);
     poisoned[64 + 7] = value;
-    CHECK(lowbit_matmul(&w.view, poisoned.data(), LOWBIT_F32, 4, 64, nullptr, LOWBIT_F32, y.data(), 6, LOWBIT_ACT_FLOAT, nullptr, 0) ==
-              LOWBIT_OK,
+    CHECK(lowbit_matmul(&w.view, poisoned.data(), LOWBIT_F32, 4, 64, nullptr, LOWBIT_F32, y.data(), 6, LOWBIT_ACT_FLOAT,
+                        nullptr, 0) == LOWBIT_OK,
           "%s", lowbit_last_error());
     for (int m = 0; m < 4; m++)
       for (int n = 0; n < 6; n++) CHECK(std::isnan(y[size_t(m * 6 + n)]) == (m == 1), "token %d output %d", m, n);
@@ -110,7 +114,8 @@ int main() {
   REFUSED(lowbit_pack_codes(&w.view, codes.data(), lines.data()), LOWBIT_OUT_OF_RANGE, "codes[2, 5]");
   std::vector<float> weight(6 * 64, 0.5f), scales(6 * 2);
   weight[64 + 3] = NAN;
-  REFUSED(lowbit_pack_float(LOWBIT_INT4, 6, 64, 32, weight.data(), LOWBIT_F32, 64, LOWBIT_F32, 0, lines.data(), scales.data(), nullptr),
+  REFUSED(lowbit_pack_float(LOWBIT_INT4, 6, 64, 32, weight.data(), LOWBIT_F32, 64, LOWBIT_F32, 0, lines.data(),
+                            scales.data(), nullptr),
           bad, "weight[1, 3]");
 
   // GPTQ words.
@@ -122,18 +127,22 @@ int main() {
   REFUSED(lowbit_gptq_read_zeros(4, 3, 32, 1, words.data(), zeros.data()), bad, "version");
   words[0] = -1;
   REFUSED(lowbit_gptq_read_zeros(4, 1, 32, 1, words.data(), zeros.data()), bad, "ambiguous");
-  CHECK(lowbit_gptq_read_zeros(4, 2, 32, 1, words.data(), zeros.data()) == LOWBIT_OK && zeros[0] == 15, "v2 stores zeros as they are");
+  CHECK(lowbit_gptq_read_zeros(4, 2, 32, 1, words.data(), zeros.data()) == LOWBIT_OK && zeros[0] == 15,
+        "v2 stores zeros as they are");
   std::fill(zeros.begin(), zeros.end(), uint8_t(0));
   REFUSED(lowbit_gptq_write_zeros(4, 1, 32, 1, zeros.data(), words.data()), bad, "zeros[0, 0]");
   // Symmetric words, docs/formats.md section 2, and the 3-bit words of writers that borrowed across fields.
-  const uint32_t symmetric[4][2] = {{0x55555555, 0xAAAAAAAA}, {0xDB6DB6DB, 0x24924924}, {0x77777777, 0x88888888}, {0x7F7F7F7F, 0x80808080}};
+  const uint32_t symmetric[4][2] = {
+      {0x55555555, 0xAAAAAAAA}, {0xDB6DB6DB, 0x24924924}, {0x77777777, 0x88888888}, {0x7F7F7F7F, 0x80808080}};
   const int widths[4] = {2, 3, 4, 8};
   for (int i = 0; i < 4; i++)
     for (int version = 1; version <= 2; version++) {
       std::vector<uint8_t> middle(32, uint8_t(1 << (widths[i] - 1))), back(32);
-      CHECK(lowbit_gptq_write_zeros(widths[i], version, 32, 1, middle.data(), words.data()) == LOWBIT_OK, "%s", lowbit_last_error());
+      CHECK(lowbit_gptq_write_zeros(widths[i], version, 32, 1, middle.data(), words.data()) == LOWBIT_OK, "%s",
+            lowbit_last_error());
       CHECK(uint32_t(words[0]) == symmetric[i][version - 1], "int%d v%d: %08x", widths[i], version, unsigned(words[0]));
-      CHECK(lowbit_gptq_read_zeros(widths[i], version, 32, 1, words.data(), back.data()) == LOWBIT_OK && back == middle, "round trip");
+      CHECK(lowbit_gptq_read_zeros(widths[i], version, 32, 1, words.data(), back.data()) == LOWBIT_OK && back == middle,
+            "round trip");
     }
   const uint32_t borrowed[3] = {0x00000000u, 0xB6DB6DB7u, 0x49249249u};
   std::memcpy(words.data(), borrowed, sizeof borrowed);
@@ -144,7 +153,8 @@ int main() {
     for (auto& code : all) code = uint8_t(random_bits() % (1u << bits));
     std::vector<int32_t> stream(size_t(96 * bits / 32 * 32));
     CHECK(lowbit_gptq_write_weight(bits, 32, 96, all.data(), stream.data()) == LOWBIT_OK, "%s", lowbit_last_error());
-    CHECK(lowbit_gptq_read_weight(bits, 32, 96, stream.data(), back.data()) == LOWBIT_OK && back == all, "int%d round trip", bits);
+    CHECK(lowbit_gptq_read_weight(bits, 32, 96, stream.data(), back.data()) == LOWBIT_OK && back == all,
+          "int%d round trip", bits);
   }
 
   REFUSED(lowbit_set_isa("sse9"), bad, "isa");
@@ -157,8 +167,8 @@ int main() {
   for (auto& v : input) v = normal(random_bits);
   auto product = [&](int threads, std::vector<float>& out) {
     CHECK(lowbit_set_threads(threads) == LOWBIT_OK, "%s", lowbit_last_error());
-    CHECK(lowbit_matmul(&large.view, input.data(), LOWBIT_F32, 20, 1024, nullptr, LOWBIT_F32, out.data(), 301, LOWBIT_ACT_FLOAT, nullptr,
-                        0) == LOWBIT_OK,
+    CHECK(lowbit_matmul(&large.view, input.data(), LOWBIT_F32, 20, 1024, nullptr, LOWBIT_F32, out.data(), 301,
+                        LOWBIT_ACT_FLOAT, nullptr, 0) == LOWBIT_OK,
           "%s", lowbit_last_error());
   };
   product(1, one);

@@ -22,11 +22,13 @@ int main() {
       for (int64_t k = 0; k < padded_cols(bits, cols); k++) {
         const CodePlace at = code_place(bits, cols, k);
         for (int bit = 0; bit < (bits == 3 ? 2 : bits); bit++) {
-          CHECK(at.offset >= 0 && at.offset < bytes && at.shift + bit < 8, "int%d cols %ld k %ld", bits, long(cols), long(k));
+          CHECK(at.offset >= 0 && at.offset < bytes && at.shift + bit < 8, "int%d cols %ld k %ld", bits, long(cols),
+                long(k));
           CHECK(taken.insert({at.offset, at.shift + bit}).second, "int%d cols %ld k %ld", bits, long(cols), long(k));
         }
         if (bits == 3) {
-          CHECK(at.high_offset >= 0 && at.high_offset < bytes && at.high_shift < 8, "cols %ld k %ld", long(cols), long(k));
+          CHECK(at.high_offset >= 0 && at.high_offset < bytes && at.high_shift < 8, "cols %ld k %ld", long(cols),
+                long(k));
           CHECK(taken.insert({at.high_offset, at.high_shift}).second, "cols %ld k %ld", long(cols), long(k));
         }
       }
@@ -34,8 +36,8 @@ int main() {
       std::vector<uint8_t> row(size_t(bytes), 0);
       for (int64_t k = 0; k < cols; k++) put_code(bits, cols, row.data(), k, int((k * 7 + k / 64) & ((1 << bits) - 1)));
       for (int64_t k = 0; k < cols; k++)
-        CHECK(get_code(bits, cols, row.data(), k) == int((k * 7 + k / 64) & ((1 << bits) - 1)), "int%d cols %ld k %ld", bits,
-              long(cols), long(k));
+        CHECK(get_code(bits, cols, row.data(), k) == int((k * 7 + k / 64) & ((1 << bits) - 1)), "int%d cols %ld k %ld",
+              bits, long(cols), long(k));
     }
 
   // The documented bytes, written out: docs/formats.md section 1.
@@ -54,7 +56,8 @@ int main() {
   }
 
   CHECK(chunk_size(4096, 128) == 128 && chunk_size(4096, 4096) == 128 && chunk_size(100, 100) == 128, "whole groups");
-  CHECK(chunk_size(4096, 64) == 64 && chunk_size(4096, 192) == 64 && chunk_size(4096, 96) == 32 && chunk_size(4096, 48) == 16,
+  CHECK(chunk_size(4096, 64) == 64 && chunk_size(4096, 192) == 64 && chunk_size(4096, 96) == 32 &&
+            chunk_size(4096, 48) == 16,
         "parts of groups");
   return check::finish("formats");
 }

@@ -24,8 +24,9 @@ void check_ran(const char* verb, int bits, const char* isa) {
 
 std::string describe(const Case& c, int64_t tokens, int mode, const char* isa) {
   char text[200];
-  snprintf(text, sizeof text, "int%d %ldx%ld g%ld zeros %d perm %d scales %d/%d tokens %ld mode %d isa %s", c.bits, long(c.rows),
-           long(c.cols), long(c.group_size), c.zeros, c.perm, c.scale_shape, int(c.scale_dtype), long(tokens), mode, isa);
+  snprintf(text, sizeof text, "int%d %ldx%ld g%ld zeros %d perm %d scales %d/%d tokens %ld mode %d isa %s", c.bits,
+           long(c.rows), long(c.cols), long(c.group_size), c.zeros, c.perm, c.scale_shape, int(c.scale_dtype),
+           long(tokens), mode, isa);
   return text;
 }
 
@@ -36,15 +37,16 @@ std::vector<uint8_t> random_activations(int64_t count, lowbit_dtype dtype, bool 
   for (int64_t i = 0; i < count; i++) {
     float value = normal(random_bits);
     if (random_bits() % 97 == 0) value *= 50;  // outliers
-    if (exact) value = mode == LOWBIT_ACT_INT8 ? (random_bits() % 2 ? 127.0f : -127.0f) : float(int(random_bits() % 255) - 127);
+    if (exact)
+      value = mode == LOWBIT_ACT_INT8 ? (random_bits() % 2 ? 127.0f : -127.0f) : float(int(random_bits() % 255) - 127);
     lowbit::store_float(x.data(), dtype, i, value);
   }
   return x;
 }
 
 // token_counts: the largest first.
-void test_matmul(const Case& c, const std::vector<const char*>& isas, const std::vector<int64_t>& token_counts, lowbit_dtype dtype,
-                 bool exact) {
+void test_matmul(const Case& c, const std::vector<const char*>& isas, const std::vector<int64_t>& token_counts,
+                 lowbit_dtype dtype, bool exact) {
   const TestMatrix w(c, random_bits);
   const int64_t most = token_counts.front();
   for (const int mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8}) {
@@ -57,8 +59,8 @@ void test_matmul(const Case& c, const std::vector<const char*>& isas, const std:
       for (const int64_t tokens : token_counts) {
         CHECK(lowbit_set_isa(isa) == LOWBIT_OK, "%s", lowbit_last_error());
         std::vector<uint8_t> y(size_t(tokens * c.rows) * width, 0xEE);
-        const lowbit_status status = lowbit_matmul(&w.view, x.data(), dtype, tokens, c.cols, bias.data(), LOWBIT_F32, y.data(), c.rows,
-                                                   lowbit_activations(mode), nullptr, 0);
+        const lowbit_status status = lowbit_matmul(&w.view, x.data(), dtype, tokens, c.cols, bias.data(), LOWBIT_F32,
+                                                   y.data(), c.rows, lowbit_activations(mode), nullptr, 0);
         CHECK(status == LOWBIT_OK, "%s", lowbit_last_error());
         check_ran("matmul", c.bits, isa);
         check_ran("activations", 0, isa);
@@ -68,19 +70,23 @@ void test_matmul(const Case& c, const std::vector<const char*>& isas, const std:
             for (int64_t n = 0; n < c.rows; n++) {
               double sum = 0, size = 0;
               for (int64_t k = 0; k < c.cols; k++) {
-                const double product = w.dense[size_t(n * c.cols + k)] * lowbit::load_float(x.data(), dtype, m * c.cols + k);
+                const double product =
+                    w.dense[size_t(n * c.cols + k)] * lowbit::load_float(x.data(), dtype, m * c.cols + k);
                 sum += product;
                 size += product * product;
               }
               const double got = lowbit::load_float(y.data(), dtype, m * c.rows + n), wanted = sum + bias[size_t(n)];
               // Rounding of x: half a step of at most 2^-14 of its chunk's largest, beside outliers 50 times the rest.
-              const double bound = exact && dtype == LOWBIT_F32 ? 0
-                                   : (mode == LOWBIT_ACT_FLOAT ? 1e-2 : 1.0) * std::sqrt(size) + 1e-6 + (dtype == LOWBIT_F32 ? 0 : 1e-2 * std::fabs(wanted));
+              const double bound = exact && dtype == LOWBIT_F32
+                                       ? 0
+                                       : (mode == LOWBIT_ACT_FLOAT ? 1e-2 : 1.0) * std::sqrt(size) + 1e-6 +
+                                             (dtype == LOWBIT_F32 ? 0 : 1e-2 * std::fabs(wanted));
               CHECK(std::fabs(got - wanted) <= bound, "%s [%ld,%ld]: got %.9g, wanted %.9g, bound %g",
                     describe(c, tokens, mode, isa).c_str(), long(m), long(n), got, wanted, bound);
             }
         }
-        CHECK(!memcmp(y.data(), expected.data(), y.size()), "%s differs from ref", describe(c, tokens, mode, isa).c_str());
+        CHECK(!memcmp(y.data(), expected.data(), y.size()), "%s differs from ref",
+              describe(c, tokens, mode, isa).c_str());
       }
   }
   lowbit_set_isa("auto");
@@ -96,8 +102,9 @@ void test_gather(const Case& c, const std::vector<const char*>& isas) {
     for (const char* isa : isas) {
       CHECK(lowbit_set_isa(isa) == LOWBIT_OK, "%s", lowbit_last_error());
       std::vector<uint8_t> out(size_t(count * c.cols) * (dtype == LOWBIT_F32 ? 4 : 2), 0xEE);
-      CHECK(lowbit_gather(&w.view, ids.data(), LOWBIT_I64, count, LOWBIT_IDS_ZERO, out.data(), dtype, c.cols) == LOWBIT_OK, "%s",
-            lowbit_last_error());
+      CHECK(lowbit_gather(&w.view, ids.data(), LOWBIT_I64, count, LOWBIT_IDS_ZERO, out.data(), dtype, c.cols) ==
+                LOWBIT_OK,
+            "%s", lowbit_last_error());
       check_ran("gather", c.bits, isa);
       for (int64_t i = 0; i < count; i++)
         for (int64_t k = 0; k < c.cols; k++) {
@@ -122,7 +129,8 @@ int main() {
   int turn = 0;
   for (const int bits : {2, 3, 4, 8}) {
     // Every length around a plane, a line and an int3 group, whole-row scales of each shape.
-    for (const int64_t cols : {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 320, 511, 512, 513, 1000, 2049, 4097}) {
+    for (const int64_t cols :
+         {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 320, 511, 512, 513, 1000, 2049, 4097}) {
       const bool zeros = turn % 2, perm = turn % 3 == 0;
       const Case c{bits, 3, cols, -1, zeros, perm, turn % 3, dtypes[turn / 3 % 3], true};
       test_matmul(c, isas, {5, 1, 2}, LOWBIT_F32, true);
@@ -143,7 +151,8 @@ int main() {
       }
     }
     // More rows than a block, more tokens than two tiles, one row, one token.
-    test_matmul({bits, 131, 384, 128, true, false, 0, LOWBIT_F16, false}, isas, {33, 32, 31, 16, 1}, LOWBIT_BF16, false);
+    test_matmul({bits, 131, 384, 128, true, false, 0, LOWBIT_F16, false}, isas, {33, 32, 31, 16, 1}, LOWBIT_BF16,
+                false);
     test_matmul({bits, 1, 256, 64, false, true, 0, LOWBIT_F32, false}, isas, {16, 1}, LOWBIT_F16, false);
     test_matmul({bits, 67, 130, -1, false, false, 1, LOWBIT_BF16, false}, isas, {300, 257, 256, 1}, LOWBIT_F32, false);
   }

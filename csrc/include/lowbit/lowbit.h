@@ -34,32 +34,47 @@ typedef enum lowbit_status LOWBIT_ENUM_TYPE {
   LOWBIT_OUT_OF_RANGE = 2,     /* an id or index outside its table */
   LOWBIT_UNSUPPORTED = 3,      /* valid, but this build or machine cannot do it */
   LOWBIT_OUT_OF_MEMORY = 4,
-  LOWBIT_NUMERIC = 5           /* data that the method cannot go on with (solver) */
+  LOWBIT_NUMERIC = 5 /* data that the method cannot go on with (solver) */
 } lowbit_status;
 
 /* The value of an integer format is its width in bits. */
-typedef enum lowbit_format LOWBIT_ENUM_TYPE { LOWBIT_INT2 = 2, LOWBIT_INT3 = 3, LOWBIT_INT4 = 4, LOWBIT_INT8 = 8 } lowbit_format;
+typedef enum lowbit_format LOWBIT_ENUM_TYPE {
+  LOWBIT_INT2 = 2,
+  LOWBIT_INT3 = 3,
+  LOWBIT_INT4 = 4,
+  LOWBIT_INT8 = 8
+} lowbit_format;
 
-typedef enum lowbit_dtype LOWBIT_ENUM_TYPE { LOWBIT_F32 = 0, LOWBIT_F16 = 1, LOWBIT_BF16 = 2, LOWBIT_I32 = 3, LOWBIT_I64 = 4 } lowbit_dtype;
+typedef enum lowbit_dtype LOWBIT_ENUM_TYPE {
+  LOWBIT_F32 = 0,
+  LOWBIT_F16 = 1,
+  LOWBIT_BF16 = 2,
+  LOWBIT_I32 = 3,
+  LOWBIT_I64 = 4
+} lowbit_dtype;
 
 /* How matmul represents its activations: two int8 digits (16-bit fixed point, the default) or one, per chunk. */
 typedef enum lowbit_activations LOWBIT_ENUM_TYPE { LOWBIT_ACT_FLOAT = 0, LOWBIT_ACT_INT8 = 1 } lowbit_activations;
 
 /* What gather does with an id outside [0, rows). */
-typedef enum lowbit_id_policy LOWBIT_ENUM_TYPE { LOWBIT_IDS_ERROR = 0, LOWBIT_IDS_ZERO = 1, LOWBIT_IDS_CLAMP = 2 } lowbit_id_policy;
+typedef enum lowbit_id_policy LOWBIT_ENUM_TYPE {
+  LOWBIT_IDS_ERROR = 0,
+  LOWBIT_IDS_ZERO = 1,
+  LOWBIT_IDS_CLAMP = 2
+} lowbit_id_policy;
 
 /* A view of a packed matrix: W[n,k] = scales[n, g] * (code[n,k] - zeros[n, g]), g = k / group_size, k < cols.
  * With perm, column j of the packed matrix is column perm[j] of the original. */
 typedef struct lowbit_matrix {
   lowbit_format format;
   int64_t rows, cols;
-  int64_t group_size;    /* a multiple of 16, or cols (one group a row); -1 means cols */
-  const uint8_t* codes;  /* [rows][lowbit_row_lines][64] */
-  const void* scales;    /* [scale_rows][scale_cols]: [rows][G], or [rows][1], or [1][1] */
+  int64_t group_size;   /* a multiple of 16, or cols (one group a row); -1 means cols */
+  const uint8_t* codes; /* [rows][lowbit_row_lines][64] */
+  const void* scales;   /* [scale_rows][scale_cols]: [rows][G], or [rows][1], or [1][1] */
   lowbit_dtype scale_dtype;
   int64_t scale_rows, scale_cols;
-  const uint8_t* zeros;  /* the shape of scales; NULL: 2^(bits-1) everywhere */
-  const int32_t* perm;   /* [cols], a permutation, or NULL */
+  const uint8_t* zeros; /* the shape of scales; NULL: 2^(bits-1) everywhere */
+  const int32_t* perm;  /* [cols], a permutation, or NULL */
 } lowbit_matrix;
 
 LOWBIT_API int32_t lowbit_abi_version(void);
@@ -100,10 +115,14 @@ LOWBIT_API lowbit_status lowbit_pack_float(lowbit_format format, int64_t rows, i
 /* GPTQ word streams, qweight int32 [cols*bits/32][rows], qzeros int32 [G][rows*bits/32]; version 1 stores zero - 1,
  * 2 stores zero. Reads give codes [rows][cols] and zeros [rows][G], one a byte. An ambiguous v1 word (docs/formats.md
  * section 2) is LOWBIT_INVALID_ARGUMENT. Writes are the inverse; v1 with a zero of 0 is LOWBIT_INVALID_ARGUMENT. */
-LOWBIT_API lowbit_status lowbit_gptq_read_weight(int bits, int64_t rows, int64_t cols, const int32_t* qweight, uint8_t* codes);
-LOWBIT_API lowbit_status lowbit_gptq_read_zeros(int bits, int version, int64_t rows, int64_t groups, const int32_t* qzeros, uint8_t* zeros);
-LOWBIT_API lowbit_status lowbit_gptq_write_weight(int bits, int64_t rows, int64_t cols, const uint8_t* codes, int32_t* qweight);
-LOWBIT_API lowbit_status lowbit_gptq_write_zeros(int bits, int version, int64_t rows, int64_t groups, const uint8_t* zeros, int32_t* qzeros);
+LOWBIT_API lowbit_status lowbit_gptq_read_weight(int bits, int64_t rows, int64_t cols, const int32_t* qweight,
+                                                 uint8_t* codes);
+LOWBIT_API lowbit_status lowbit_gptq_read_zeros(int bits, int version, int64_t rows, int64_t groups,
+                                                const int32_t* qzeros, uint8_t* zeros);
+LOWBIT_API lowbit_status lowbit_gptq_write_weight(int bits, int64_t rows, int64_t cols, const uint8_t* codes,
+                                                  int32_t* qweight);
+LOWBIT_API lowbit_status lowbit_gptq_write_zeros(int bits, int version, int64_t rows, int64_t groups,
+                                                 const uint8_t* zeros, int32_t* qzeros);
 
 /* ---- unpack ---- */
 
