@@ -1,4 +1,5 @@
 // pack: codes or floats to lines. unpack_codes: lines to codes. Row by row, plane by plane, in parallel over rows.
+// Floats go through the column solver's kernels, 16 rows at a time: the same grids and codes, with nothing to push on.
 #include <atomic>
 #include <cinttypes>
 #include <cmath>
@@ -6,9 +7,9 @@
 
 #include "api/validate.h"
 #include "cpu/float_types.h"
-#include "cpu/kernel.h"
 #include "dispatch/parallel.h"
-#include "solver/grid.h"
+#include "dispatch/select.h"
+#include "solver/panel.h"
 
 namespace lowbit {
 namespace {
@@ -43,6 +44,65 @@ void unpack_row(int bits, int64_t cols, const uint8_t* row, uint8_t* codes) {
       for (int64_t i = 0; i < real; i++)
         codes[k + i] = uint8_t(codes[k + i] | (row[at.high_offset + i] >> at.high_shift & 1) << 2);
   }
+}
+
+struct FloatRows {
+  const void* src;
+  lowbit_dtype dtype;
+  int64_t stride;
+};
+
+struct RoundedRows {
+  uint8_t* codes;
+  void* scales;
+  uint8_t* zeros;
+  lowbit_dtype scale_dtype;
+};
+
+// Rows [n, n + count), at most 16, to the nearest codes of their own grids: the column solver with no errors to push.
+// Returns the first row that holds a number that is not finite, or -1.
+int64_t round_rows(SolveKernel round, const GridRule& rule, const FloatRows& from, int64_t n, int64_t count,
+                   int64_t cols, int64_t group_size, const PanelBuffers& panel, const RoundedRows& to) {
+  const int64_t groups = ceil_div(cols, group_size), strips = ceil_div(cols, kStripCols);
+  for (int64_t lane = 0; lane < kSolverLanes; lane++) {
+    bool finite = true;
+    for (int64_t k = 0; k < cols; k++) {
+      const float w = lane < count ? load_float(from.src, from.dtype, (n + lane) * from.stride + k) : 0.0f;
+      panel.weight[k * kSolverLanes + lane] = w;
+      finite = finite && std::isfinite(w);
+    }
+    if (!finite) return n + lane;
+    for (int64_t k = cols; k < strips * kStripCols; k++) panel.weight[k * kSolverLanes + lane] = 0;
+  }
+  const SolvePanel p = {rule,
+                        false,
+                        cols,
+                        group_size,
+                        groups,
+                        kStripCols,
+                        nullptr,
+                        nullptr,
+                        1,
+                        panel.weight.get(),
+                        panel.scales.get(),
+                        panel.zeros.get(),
+                        panel.codes.get(),
+                        panel.loss.get(),
+                        panel.pushed.get()};
+  round(&p);
+  // A row of codes is no longer than the floats that it came from: one lane of the panel's memory after another.
+  for (int64_t lane = 0; lane < count; lane++) {
+    uint8_t* row = reinterpret_cast<uint8_t*>(panel.weight.get());
+    for (int64_t k = 0; k < cols; k++) row[k] = panel.codes[k * kSolverLanes + lane];
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t at = (n + lane) * groups + g;
+      store_float(to.scales, to.scale_dtype, at, panel.scales[g * kSolverLanes + lane]);
+      if (to.zeros) to.zeros[at] = uint8_t(panel.zeros[g * kSolverLanes + lane]);
+    }
+    const uint8_t zero = uint8_t(panel.zeros[(groups - 1) * kSolverLanes + lane]);
+    pack_row(rule.bits, cols, row, zero, to.codes + (n + lane) * row_lines(rule.bits, cols) * kLineBytes);
+  }
+  return -1;
 }
 
 }  // namespace
@@ -116,38 +176,27 @@ lowbit_status lowbit_pack_float(lowbit_format format, int64_t rows, int64_t cols
   if (src_stride < cols)
     return fail(LOWBIT_INVALID_ARGUMENT, "stride: expected at least cols (%" PRId64 "), got %" PRId64, cols,
                 src_stride);
-  const int bits = format;
-  const int64_t groups = ceil_div(cols, group_size), row_bytes = row_lines(bits, cols) * kLineBytes;
+  SolveKernel round;
+  LOWBIT_TRY(select<Verb::solve>(0, &round));
+  const FloatRows from{src, src_dtype, src_stride};
+  const RoundedRows to{codes_out, scales_out, zeros_out, scale_dtype};
+  const GridRule rule = {format, zeros_out == nullptr, clip != 0, scale_dtype};
   std::atomic<int64_t> bad{-1};
   std::atomic<bool> no_memory{false};
-  parallel_for(rows, 1, rows * cols < kSerialCodes, [&](int64_t begin, int64_t end) {
-    const size_t float_bytes = size_t(cols) * sizeof(float);
-    float* row = static_cast<float*>(lowbit_alloc(float_bytes));
-    uint8_t* codes = static_cast<uint8_t*>(lowbit_alloc(size_t(cols)));
-    no_memory = no_memory || !row || !codes;
-    for (int64_t n = begin; n < end && row && codes; n++) {
-      bool finite = true;
-      for (int64_t k = 0; k < cols; k++) {
-        row[k] = load_float(src, src_dtype, n * src_stride + k);
-        finite = finite && std::isfinite(row[k]);
-      }
-      if (!finite) {
-        bad = n;
-        break;
-      }
-      int zero = 1 << (bits - 1);
-      for (int64_t g = 0; g < groups; g++) {
-        const int64_t k0 = g * group_size, k1 = k0 + group_size < cols ? k0 + group_size : cols;
-        const Grid grid = find_grid(row + k0, k1 - k0, 1, bits, zeros_out == nullptr, clip, scale_dtype);
-        for (int64_t k = k0; k < k1; k++) codes[k] = uint8_t(quantize_code(row[k], grid, bits));
-        store_float(scales_out, scale_dtype, n * groups + g, grid.scale);
-        zero = grid.zero;
-        if (zeros_out) zeros_out[n * groups + g] = uint8_t(zero);
-      }
-      pack_row(bits, cols, codes, uint8_t(zero), codes_out + n * row_bytes);
+  parallel_for(rows, kSolverLanes, rows * cols < kSerialCodes, [&](int64_t begin, int64_t end) {
+    const int64_t strips = ceil_div(cols, kStripCols);
+    const PanelBuffers panel(strips, ceil_div(cols, group_size), 1);
+    if (!panel) {
+      no_memory = true;
+      return;
     }
-    lowbit_free(row, float_bytes);
-    lowbit_free(codes, size_t(cols));
+    for (int64_t n = begin; n < end; n += kSolverLanes) {
+      const int64_t count = end - n < kSolverLanes ? end - n : kSolverLanes;
+      if (const int64_t row = round_rows(round, rule, from, n, count, cols, group_size, panel, to); row >= 0) {
+        bad = row;
+        return;
+      }
+    }
   });
   if (no_memory) return fail(LOWBIT_OUT_OF_MEMORY, "pack: no memory for a row of %" PRId64 " columns", cols);
   if (const int64_t n = bad; n >= 0) {

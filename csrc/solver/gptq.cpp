@@ -6,13 +6,12 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
-#include <utility>
 
 #include "api/status.h"
 #include "dispatch/parallel.h"
 #include "dispatch/select.h"
 #include "lowbit/formats.h"
-#include "solver/kernel.h"
+#include "solver/panel.h"
 
 namespace lowbit {
 
@@ -20,31 +19,6 @@ namespace {
 
 constexpr int64_t kPanelLaneGroups = 8;
 constexpr int64_t kMaxDimension = int64_t(1) << 31;
-
-// Memory of lowbit_alloc: huge pages, because a panel walks the whole factor.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count) : bytes_(size_t(count) * sizeof(T)), data_(static_cast<T*>(lowbit_alloc(bytes_))) {}
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(bytes_, other.bytes_);
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() {
-    if (data_) lowbit_free(data_, bytes_);
-  }
-
-  T* get() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
-  explicit operator bool() const { return data_ != nullptr; }
-
- private:
-  size_t bytes_ = 0;
-  T* data_ = nullptr;
-};
 
 // Everything about one call but its pointers, normalised.
 struct Problem {
@@ -174,24 +148,6 @@ void pack_factor(const Problem& problem, const float* factor, float* strips) {
       &work);
 }
 
-// One thread's buffers: a panel, transposed.
-struct PanelBuffers {
-  Buffer<float> weight, scales, zeros;
-  Buffer<uint8_t> codes;
-  Buffer<double> loss;
-  Buffer<int64_t> pushed;
-
-  PanelBuffers(const Problem& problem, int64_t lane_groups)
-      : weight(lane_groups * kSolverLanes * problem.strips * kStripCols),
-        scales(lane_groups * kSolverLanes * problem.groups),
-        zeros(lane_groups * kSolverLanes * problem.groups),
-        codes(lane_groups * kSolverLanes * problem.strips * kStripCols),
-        loss(lane_groups * kSolverLanes),
-        pushed(problem.strips) {}
-
-  explicit operator bool() const { return weight && scales && zeros && codes && loss && pushed; }
-};
-
 // The caller's arrays.
 struct Arrays {
   const float* weight;
@@ -254,7 +210,7 @@ lowbit_status solve_panels(const Problem& problem, SolveKernel kernel, const flo
   const int parts = int(panels < threads ? panels : threads);
   // Panels are taken one by one: a thread that another process slows down takes fewer.
   auto work = [&] {
-    const PanelBuffers buffers(problem, lane_groups);
+    const PanelBuffers buffers(problem.strips, problem.groups, lane_groups);
     if (!buffers) {
       no_memory = true;
       return;

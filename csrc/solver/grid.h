@@ -1,7 +1,7 @@
 // The quantization grid of a group of weights, and the code of a weight on it: w ~ scale * (code - zero).
 //
-// One text for every instruction set: the functions below are written over a lane type V (lanes_*.h), so the scalar
-// version that packs by rounding and the solver's 16-row versions give the same bits. Two rules make the arithmetic
+// One text for every instruction set: the functions below are written over a lane type V of 16 rows (gptq_*.cpp), so
+// every ISA gives the same bits, and packing by rounding is solving with no errors pushed. Two rules make the arithmetic
 // worth storing: a scale is rounded to its stored dtype BEFORE it is used, and a weight becomes an integer code, so
 // what was evaluated is what is stored.
 //
@@ -20,17 +20,6 @@
 #include "lowbit/lowbit.h"
 
 namespace lowbit {
-
-struct Grid {
-  float scale;
-  int zero;
-};
-
-// The grid of x[0], x[stride], ..., x[(n - 1) * stride], all finite. scale_dtype: f32, f16 or bf16.
-Grid find_grid(const float* x, int64_t n, int64_t stride, int bits, bool symmetric, int clip, lowbit_dtype scale_dtype);
-
-// The code of w on a grid; a NaN gets code 0.
-int quantize_code(float w, Grid grid, int bits);
 
 // Seed of t^(-1/5): the exponent and mantissa bits of t read as an integer are nearly linear in log2 t, so
 // as_float(kFifthRootMagic - 0.2 * bits(t)) is within 4%. The exact line would start at 1.2 * bits(1.0f) = 1.2784e9;

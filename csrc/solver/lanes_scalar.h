@@ -1,4 +1,4 @@
-// One lane in plain C++: the arithmetic that lanes_avx2.h and lanes_avx512vnni.h repeat 16 at a time.
+// One lane in plain C++: the arithmetic that the 16 lanes of gptq_ref.cpp repeat, and the vector versions imitate.
 #ifndef LOWBIT_SOLVER_LANES_SCALAR_H
 #define LOWBIT_SOLVER_LANES_SCALAR_H
 
