@@ -55,7 +55,7 @@ struct BlockOperands {
   const int8_t* high[kTokens];
   const int8_t* low[kTokens];
   int64_t plane, planes;  // first plane of the block; planes that the row stores
-  int64_t ahead;          // bytes that the prefetch runs ahead
+  Ahead ahead;            // of the prefetch
 };
 
 template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
@@ -124,7 +124,7 @@ LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, i
   const ChunkGrid grid(w, kChunk);
   BlockOperands<kTokens> o;
   o.planes = stored_planes<kBits>(w->cols);
-  o.ahead = prefetch_ahead();
+  o.ahead = prefetch_ahead<kBits>((kTwoDigits ? 2 : 1) * x->cols_padded);
   o.row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
   __m512 acc[kTokens];
   for (int t = 0; t < kTokens; t++) acc[t] = _mm512_setzero_ps();

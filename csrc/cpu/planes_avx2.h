@@ -17,19 +17,19 @@ LOWBIT_INLINE __m256i load32(const void* from) { return _mm256_loadu_si256(stati
 
 // Codes [32h, 32h + 32) of plane `plane + i` of a row of `planes` planes; see planes_avx512.h for the arguments.
 template <int kBits, int kBlock, bool kFetch, int i, int h>
-LOWBIT_INLINE __m256i peel(const uint8_t* row, int64_t plane, int64_t planes, int64_t ahead = 0) {
+LOWBIT_INLINE __m256i peel(const uint8_t* row, int64_t plane, int64_t planes, Ahead ahead = {}) {
   if constexpr (kBits == 8) {
     const uint8_t* line = row + plane * 64 + i * 64;
-    if (kFetch && h == 0) prefetch(line + ahead);
+    if (kFetch && h == 0) prefetch(line, ahead);
     return load32(line + 32 * h);
   } else if constexpr (kBits == 4) {
     const uint8_t* line = row + plane * 32 + i / 2 * 64;
-    if (kFetch && h == 0 && i % 2 == 0) prefetch(line + ahead);
+    if (kFetch && h == 0 && i % 2 == 0) prefetch(line, ahead);
     const __m256i v = load32(line + 32 * h);
     return _mm256_and_si256(i % 2 ? _mm256_srli_epi16(v, 4) : v, _mm256_set1_epi8(15));
   } else if constexpr (kBits == 2) {
     const uint8_t* line = row + plane * 16 + i / 4 * 64;
-    if (kFetch && h == 0 && i % 4 == 0) prefetch(line + ahead);
+    if (kFetch && h == 0 && i % 4 == 0) prefetch(line, ahead);
     const __m256i v = load32(line + 32 * h);
     return _mm256_and_si256(i % 4 ? _mm256_srli_epi16(v, i % 4 * 2) : v, _mm256_set1_epi8(3));
   } else {
@@ -39,8 +39,8 @@ LOWBIT_INLINE __m256i peel(const uint8_t* row, int64_t plane, int64_t planes, in
     const int j = kHalf ? int(plane / 4 % 2) : i % 8 / 4;
     const uint8_t* lines = kHalf ? row + plane / 8 * 192 : row + plane * 24 + i / 8 * 192;
     const uint8_t* high_line = lines + (planes - group < 5 ? 64 : 128);
-    if (kFetch && h == 0 && i % 4 == 0) prefetch(lines + j * 64 + ahead);
-    if (kFetch && h == 0 && i % 8 == 0 && j == 0) prefetch(lines + 128 + ahead);
+    if (kFetch && h == 0 && i % 4 == 0) prefetch(lines + j * 64, ahead);
+    if (kFetch && h == 0 && i % 8 == 0 && j == 0) prefetch(lines + 128, ahead);
     const __m256i low = load32(lines + j * 64 + 32 * h);
     __m256i high = load32(high_line + 32 * h);
     // The high bits of line 1 lie two below those of line 0: bits 2, 3, 6, 7 now belong to planes 0, 1, 2, 3.

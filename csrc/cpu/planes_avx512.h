@@ -14,21 +14,21 @@ namespace {
 
 // The 64 codes of plane `plane + i` of a row of `planes` planes. Loops walk a row in blocks of kBlock planes (4, 8, 16
 // or 32; `plane` is a multiple of it) and i is a constant once they are unrolled, so planes of one line share its load.
-// kFetch: the line `ahead` bytes further is asked for. The last int3 group of a row may lack its second low line.
+// kFetch: the line `ahead` of this one is asked for. The last int3 group of a row may lack its second low line.
 template <int kBits, int kBlock, bool kFetch, int i>
-LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes, int64_t ahead = 0) {
+LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes, Ahead ahead = {}) {
   if constexpr (kBits == 8) {
     const uint8_t* line = row + plane * 64 + i * 64;
-    if (kFetch) prefetch(line + ahead);
+    if (kFetch) prefetch(line, ahead);
     return _mm512_loadu_si512(line);
   } else if constexpr (kBits == 4) {
     const uint8_t* line = row + plane * 32 + i / 2 * 64;
-    if (kFetch && i % 2 == 0) prefetch(line + ahead);
+    if (kFetch && i % 2 == 0) prefetch(line, ahead);
     const __m512i v = _mm512_loadu_si512(line);
     return _mm512_and_si512(i % 2 ? _mm512_srli_epi16(v, 4) : v, _mm512_set1_epi8(15));
   } else if constexpr (kBits == 2) {
     const uint8_t* line = row + plane * 16 + i / 4 * 64;
-    if (kFetch && i % 4 == 0) prefetch(line + ahead);
+    if (kFetch && i % 4 == 0) prefetch(line, ahead);
     const __m512i v = _mm512_loadu_si512(line);
     return _mm512_and_si512(i % 4 ? _mm512_srli_epi16(v, i % 4 * 2) : v, _mm512_set1_epi8(3));
   } else {
@@ -38,8 +38,8 @@ LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes, in
     const int j = kHalf ? int(plane / 4 % 2) : i % 8 / 4;
     const uint8_t* lines = kHalf ? row + plane / 8 * 192 : row + plane * 24 + i / 8 * 192;
     const uint8_t* high_line = lines + (planes - group < 5 ? 64 : 128);
-    if (kFetch && i % 4 == 0) prefetch(lines + j * 64 + ahead);
-    if (kFetch && i % 8 == 0 && j == 0) prefetch(lines + 128 + ahead);
+    if (kFetch && i % 4 == 0) prefetch(lines + j * 64, ahead);
+    if (kFetch && i % 8 == 0 && j == 0) prefetch(lines + 128, ahead);
     const __m512i low = _mm512_loadu_si512(lines + j * 64);
     __m512i high = _mm512_loadu_si512(high_line);
     // The high bits of line 1 lie two below those of line 0: bits 2, 3, 6, 7 now belong to planes 0, 1, 2, 3.
