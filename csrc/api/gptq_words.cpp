@@ -40,7 +40,7 @@ void join_run(int bits, const uint8_t* codes, uint32_t* words) {
 
 lowbit_status check_stream(int bits, int64_t rows, int64_t other, const char* name, const void* words,
                            const void* bytes) {
-  if (!is_format(bits)) return fail(LOWBIT_INVALID_ARGUMENT, "bits: expected 2, 3, 4 or 8, got %d", bits);
+  if (!is_integer_format(bits)) return fail(LOWBIT_INVALID_ARGUMENT, "bits: expected 2, 3, 4 or 8, got %d", bits);
   if (rows < 1 || other < 1 || rows > kMaxElements / other)
     return fail(LOWBIT_INVALID_ARGUMENT, "%s: expected a positive shape below 2^46, got %" PRId64 "x%" PRId64, name,
                 rows, other);

@@ -14,8 +14,9 @@ namespace {
 
 constexpr int64_t kTokenBatch = 256;               // bounds the scratch, whatever the number of tokens
 constexpr int64_t kSerialWork = int64_t(1) << 18;  // multiply-adds below which waking a thread costs more
-constexpr int64_t kPadding = 512;                  // codes: a whole int3 group, the widest unit of any format
-constexpr int64_t kRowGrain = 16;                  // rows: a cache line of fp32 outputs has one writer
+// Columns that kernels walk at a time: a whole int3 group; two lines of trits.
+constexpr int64_t padding(int format) { return format == LOWBIT_TRIT ? 640 : 512; }
+constexpr int64_t kRowGrain = 16;  // rows: a cache line of fp32 outputs has one writer
 
 int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -29,8 +30,9 @@ struct Scratch {
     const int64_t batch = tokens < kTokenBatch ? tokens : kTokenBatch;
     x.layout = select_layout(batch);
     x.cols = w.cols;
-    x.cols_padded = ceil_div(w.cols, kPadding) * kPadding;
-    x.chunk = chunk_size(w.cols, w.group_size);
+    x.cols_padded = ceil_div(w.cols, padding(w.format)) * padding(w.format);
+    x.chunk = chunk_size(w.format, w.cols, w.group_size);
+    x.token_step = w.format == LOWBIT_TRIT && mode == LOWBIT_ACT_INT8;
     x.chunks = ceil_div(w.cols, x.chunk);
     x.chunks_padded = ceil_div(x.chunks, kSlots) * kSlots;
     const int64_t places = x.layout == Activations::kTiles ? ceil_div(batch, kLanes) * kLanes : batch;

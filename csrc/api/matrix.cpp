@@ -1,6 +1,7 @@
 // The noun: validation of packed matrices, and memory for them.
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cinttypes>
 #include <cmath>
 #include <cstdlib>
@@ -11,12 +12,13 @@
 #include "api/validate.h"
 #include "cpu/float_types.h"
 #include "cpu/kernel.h"
+#include "dispatch/parallel.h"
 
 namespace lowbit {
 
 lowbit_status check_shape(int format, int64_t rows, int64_t cols) {
   if (!is_format(format))
-    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4 or int8, got %d", format);
+    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", format);
   if (rows < 1 || cols < 1)
     return fail(LOWBIT_INVALID_ARGUMENT, "shape: expected at least 1x1, got %" PRId64 "x%" PRId64, rows, cols);
   if (cols > INT32_MAX) return fail(LOWBIT_INVALID_ARGUMENT, "cols: expected at most 2^31 - 1, got %" PRId64, cols);
@@ -61,7 +63,35 @@ lowbit_status check_matrix(const lowbit_matrix* w, lowbit_matrix* normalised) {
     return fail(LOWBIT_INVALID_ARGUMENT,
                 "scales: expected shape [%" PRId64 ", %" PRId64 "]%s, got [%" PRId64 ", %" PRId64 "]", w->rows, groups,
                 groups == 1 ? " or [1, 1]" : "", w->scale_rows, w->scale_cols);
+  if (w->zeros && w->format == LOWBIT_TRIT)
+    return fail(LOWBIT_INVALID_ARGUMENT,
+                "zeros: expected NULL for trit, whose codes 0, 1, 2 mean -1, 0, 1; got a pointer");
   if (w->perm) LOWBIT_TRY(check_perm(w->perm, w->cols));
+  return LOWBIT_OK;
+}
+
+// Every byte of a ternary matrix is one that packing writes. Thirteen values never are: they would decode like their
+// neighbours, so a file that holds one is damaged or not ours.
+static lowbit_status check_trit_bytes(const lowbit_matrix& m) {
+  const int64_t row_bytes = row_lines(m.format, m.cols) * kLineBytes;
+  std::atomic<int64_t> bad{-1};
+  parallel_for(m.rows, 1, m.rows * row_bytes < 1 << 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) {
+      const uint8_t* row = m.codes + n * row_bytes;
+      bool valid = true;  // no exit from the loop: it becomes vector code
+      for (int64_t i = 0; i < row_bytes; i++) valid &= is_trit_byte(row[i]);
+      if (!valid) bad = n;
+    }
+  });
+  if (bad >= 0) {
+    int64_t at = bad * row_bytes;
+    while (is_trit_byte(m.codes[at])) at++;
+    return fail(LOWBIT_INVALID_ARGUMENT,
+                "codes[%" PRId64 ", %" PRId64 ", %" PRId64
+                "]: expected a byte of five trits, got %d, one of the 13 that "
+                "none are stored as",
+                at / row_bytes, at % row_bytes / kLineBytes, at % kLineBytes, m.codes[at]);
+  }
   return LOWBIT_OK;
 }
 
@@ -84,11 +114,12 @@ lowbit_status lowbit_matrix_check(const lowbit_matrix* w, int values) {
     if (const float scale = load_float(m.scales, m.scale_dtype, i); !std::isfinite(scale))
       return fail(LOWBIT_INVALID_ARGUMENT, "scales[%" PRId64 ", %" PRId64 "]: expected a finite number, got %g",
                   i / m.scale_cols, i % m.scale_cols, double(scale));
-  const int largest = (1 << m.format) - 1;
+  const int largest = code_count(m.format) - 1;
   for (int64_t i = 0; m.zeros && i < count; i++)
     if (m.zeros[i] > largest)
       return fail(LOWBIT_INVALID_ARGUMENT, "zeros[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d",
                   i / m.scale_cols, i % m.scale_cols, largest, m.zeros[i]);
+  if (m.format == LOWBIT_TRIT) LOWBIT_TRY(check_trit_bytes(m));
   if (m.perm) {  // in range already; now every column once
     std::unique_ptr<uint8_t[]> seen(new (std::nothrow) uint8_t[size_t(m.cols)]());
     if (!seen) return fail(LOWBIT_OUT_OF_MEMORY, "perm: no memory for %" PRId64 " marks", m.cols);

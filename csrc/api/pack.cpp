@@ -16,8 +16,30 @@ namespace {
 
 constexpr int64_t kSerialCodes = 1 << 16;  // below this a thread's wake-up costs more than the work
 
+// Five planes make a line of trits; the middle digit fills the padding.
+void pack_trit_row(int64_t cols, const uint8_t* codes, uint8_t* row) {
+  for (int64_t line = 0; line < row_lines(kTrit, cols); line++) {
+    int number[kLineBytes] = {};
+    for (int p = 0; p < kTritPlanes; p++)
+      for (int i = 0; i < kPlaneCodes; i++) {
+        const int64_t k = (line * kTritPlanes + p) * kPlaneCodes + i;
+        number[i] = 3 * number[i] + (k < cols ? codes[k] : middle_code(kTrit));
+      }
+    for (int i = 0; i < kLineBytes; i++) row[line * kLineBytes + i] = uint8_t(trit_byte(number[i]));
+  }
+}
+
+void unpack_trit_row(int64_t cols, const uint8_t* row, uint8_t* codes) {
+  for (int64_t k = 0; k < cols; k += kPlaneCodes) {
+    const CodePlace at = code_place(kTrit, cols, k);
+    for (int64_t i = 0; i < kPlaneCodes && k + i < cols; i++)
+      codes[k + i] = uint8_t(trit_digit(row[at.offset + i], at.shift));
+  }
+}
+
 // Lines of one row from one code a byte; `zero_point` fills the padding.
 void pack_row(int bits, int64_t cols, const uint8_t* codes, uint8_t zero_point, uint8_t* row) {
+  if (bits == kTrit) return pack_trit_row(cols, codes, row);
   memset(row, 0, size_t(row_lines(bits, cols) * kLineBytes));
   uint8_t plane[kPlaneCodes];
   for (int64_t k = 0; k < padded_cols(bits, cols); k += kPlaneCodes) {
@@ -35,6 +57,7 @@ void pack_row(int bits, int64_t cols, const uint8_t* codes, uint8_t zero_point, 
 }
 
 void unpack_row(int bits, int64_t cols, const uint8_t* row, uint8_t* codes) {
+  if (bits == kTrit) return unpack_trit_row(cols, row, codes);
   const int mask = bits == 3 ? 3 : (1 << bits) - 1;
   for (int64_t k = 0; k < cols; k += kPlaneCodes) {
     const int64_t real = cols - k < kPlaneCodes ? cols - k : kPlaneCodes;
@@ -128,22 +151,22 @@ lowbit_status lowbit_pack_codes(const lowbit_matrix* w, const uint8_t* codes, ui
   parallel_for(m.rows, 1, m.rows * cols < kSerialCodes, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {
       const uint8_t* row = codes + n * cols;
-      uint8_t bits_used = 0;
-      for (int64_t k = 0; k < cols; k++) bits_used = uint8_t(bits_used | row[k]);
-      if (bits_used >> bits) {
+      uint8_t largest = 0;
+      for (int64_t k = 0; k < cols; k++) largest = row[k] > largest ? row[k] : largest;
+      if (largest >= code_count(bits)) {
         bad = n;
         return;
       }
       // Padding continues the last group: group min(k / group_size, G - 1).
-      const uint8_t zero = m.zeros ? m.zeros[scale_index(&m, n, groups - 1)] : uint8_t(1 << (bits - 1));
+      const uint8_t zero = m.zeros ? m.zeros[scale_index(&m, n, groups - 1)] : uint8_t(middle_code(bits));
       pack_row(bits, cols, row, zero, codes_out + n * row_bytes);
     }
   });
   if (const int64_t n = bad; n >= 0) {
     int64_t k = 0;
-    while (codes[n * cols + k] >> bits == 0) k++;
+    while (codes[n * cols + k] < code_count(bits)) k++;
     return fail(LOWBIT_OUT_OF_RANGE, "codes[%" PRId64 ", %" PRId64 "]: expected at most %d, got %d", n, k,
-                (1 << bits) - 1, codes[n * cols + k]);
+                code_count(bits) - 1, codes[n * cols + k]);
   }
   return LOWBIT_OK;
 }
@@ -173,6 +196,8 @@ lowbit_status lowbit_pack_float(lowbit_format format, int64_t rows, int64_t cols
   if (!is_float(src_dtype) || !is_float(scale_dtype))
     return fail(LOWBIT_INVALID_ARGUMENT, "dtype: expected f32, f16 or bf16, got source %d, scales %d", int(src_dtype),
                 int(scale_dtype));
+  if (format == LOWBIT_TRIT && zeros_out)
+    return fail(LOWBIT_INVALID_ARGUMENT, "zeros: expected NULL for trit, got a pointer");
   if (src_stride < cols)
     return fail(LOWBIT_INVALID_ARGUMENT, "stride: expected at least cols (%" PRId64 "), got %" PRId64, cols,
                 src_stride);

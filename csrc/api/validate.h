@@ -6,7 +6,8 @@
 
 namespace lowbit {
 
-inline bool is_format(int format) { return format == 2 || format == 3 || format == 4 || format == 8; }
+inline bool is_integer_format(int format) { return format == 2 || format == 3 || format == 4 || format == 8; }
+inline bool is_format(int format) { return is_integer_format(format) || format == kTrit; }
 inline bool is_float(lowbit_dtype dtype) { return dtype == LOWBIT_F32 || dtype == LOWBIT_F16 || dtype == LOWBIT_BF16; }
 inline int64_t dtype_bytes(lowbit_dtype dtype) {
   return dtype == LOWBIT_I64 ? 8 : dtype == LOWBIT_F32 || dtype == LOWBIT_I32 ? 4 : 2;

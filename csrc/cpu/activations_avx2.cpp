@@ -1,6 +1,6 @@
 // x[m,k] ~ step[m,c] * (256*high + low) on AVX2: activations to int8 digits per token and chunk (docs/numerics.md).
 //
-// A chunk of 16 to 128 columns becomes fp32 in L1 with its largest magnitude, then digits and their sum, 16 columns at a
+// A piece of 16 to 128 columns becomes fp32 in L1 with its largest magnitude, then digits and their sum, 16 columns at a
 // time. Tiles go through 16 rows of digits in L1 and 8x8 transpositions of dwords. K*M of it against the N*K*M of the
 // product.
 #include "cpu/chunk_step.h"
@@ -13,13 +13,13 @@ const void* token(const void* x, lowbit_dtype dtype, int64_t stride, int64_t m) 
   return static_cast<const char*>(x) + m * stride * (dtype == LOWBIT_F32 ? 4 : 2);
 }
 
-// Columns [k, k + chunk) of a token as fp32, zero beyond cols; column j lies at perm[j].
-LOWBIT_INLINE void load_chunk(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols,
-                              int chunk, float* to) {
+// Columns [k, k + count) of a token as fp32, zero beyond cols; column j lies at perm[j].
+LOWBIT_INLINE void load_piece(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols,
+                              int count, float* to) {
   int i = 0;
   if (!perm)
-    for (; i + 8 <= chunk && k + i + 8 <= cols; i += 8) _mm256_store_ps(to + i, load_floats(x, dtype, k + i));
-  for (; i < chunk; i++) to[i] = k + i < cols ? load_float_at(x, dtype, perm ? perm[k + i] : k + i) : 0;
+    for (; i + 8 <= count && k + i + 8 <= cols; i += 8) _mm256_store_ps(to + i, load_floats(x, dtype, k + i));
+  for (; i < count; i++) to[i] = k + i < cols ? load_float_at(x, dtype, perm ? perm[k + i] : k + i) : 0;
 }
 
 LOWBIT_INLINE __m128i pack_bytes(__m256i a, __m256i b) {
@@ -27,30 +27,48 @@ LOWBIT_INLINE __m128i pack_bytes(__m256i a, __m256i b) {
   return _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 
-// Digits of columns [k, k + chunk) of one token, and their step and sum.
-LOWBIT_INLINE void quantize_chunk(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols,
-                                  int chunk, int8_t* high, int8_t* low, float* step, int32_t* sum) {
-  alignas(32) float v[128];
-  load_chunk(x, dtype, perm, k, cols, chunk, v);
+LOWBIT_INLINE int32_t largest_lane(__m256i lanes) {
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+}
+
+// The bits of the largest magnitude of `count` columns in L1.
+LOWBIT_INLINE uint32_t largest_in(const float* v, int64_t count) {
   __m256i largest = _mm256_setzero_si256();
-  for (int i = 0; i < chunk; i += 8) {
+  for (int64_t i = 0; i < count; i += 8) {
     const __m256i bits = _mm256_castps_si256(_mm256_load_ps(v + i));
     largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF)));
   }
-  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1));
-  const ChunkStep s = chunk_step(uint32_t(_mm_cvtsi128_si32(four)), high != nullptr);
-  *step = s.step;
-  *sum = 0;
+  return uint32_t(largest_lane(largest));
+}
+
+// The same of columns [begin, end) of a token.
+uint32_t largest_of(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t begin, int64_t end) {
+  alignas(32) float v[kPiece];
+  uint32_t largest = 0;
+  for (int64_t k = begin; k < end; k += kPiece) {
+    load_piece(x, dtype, perm, k, end, int(kPiece), v);
+    const uint32_t here = largest_in(v, kPiece);
+    largest = here > largest ? here : largest;
+  }
+  return largest;
+}
+
+// Digits of columns [k, k + count), at most 128, with a given step (`given`) or their own. Adds to *sum.
+LOWBIT_INLINE ChunkStep quantize_piece(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols,
+                                       int count, const ChunkStep* given, int8_t* high, int8_t* low, int32_t* sum) {
+  alignas(32) float v[kPiece];
+  load_piece(x, dtype, perm, k, cols, count, v);
+  const ChunkStep s = given ? *given : chunk_step(largest_in(v, count), high != nullptr);
   if (s.inverse == 0) {
-    memset(low, 0, size_t(chunk));
-    if (high) memset(high, 0, size_t(chunk));
-    return;
+    memset(low, 0, size_t(count));
+    if (high) memset(high, 0, size_t(count));
+    return s;
   }
   const __m256 inverse = _mm256_set1_ps(s.inverse);
   __m256i total = _mm256_setzero_si256();
-  for (int i = 0; i < chunk; i += 16) {
+  for (int i = 0; i < count; i += 16) {
     const __m256i a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v + i), inverse));
     const __m256i b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_load_ps(v + i + 8), inverse));
     total = _mm256_add_epi32(total, _mm256_add_epi32(a, b));
@@ -64,26 +82,33 @@ LOWBIT_INLINE void quantize_chunk(const void* x, lowbit_dtype dtype, const int32
       _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), high_bytes);
     }
   }
-  four = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-  *sum = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+  *sum += _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+  return s;
 }
 
+// One token; its chunks' sums are gathered piece by piece.
 void quantize_row(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t m, const Activations* out) {
-  int8_t* low = out->low + m * out->cols_padded;
-  int8_t* high = out->high ? out->high + m * out->cols_padded : nullptr;
-  float* step = out->step + m * out->chunks_padded;
-  int32_t* sum = out->sum + m * out->chunks_padded;
-  for (int64_t c = 0; c < out->chunks; c++) {
-    const int64_t k = c * out->chunk;
-    quantize_chunk(x, dtype, perm, k, out->cols, int(out->chunk), high ? high + k : nullptr, low + k, step + c,
-                   sum + c);
+  const Activations& a = *out;
+  int8_t* low = a.low + m * a.cols_padded;
+  int8_t* high = a.high ? a.high + m * a.cols_padded : nullptr;
+  float* step = a.step + m * a.chunks_padded;
+  int32_t* sum = a.sum + m * a.chunks_padded;
+  memset(step, 0, size_t(a.chunks_padded) * 4);
+  memset(sum, 0, size_t(a.chunks_padded) * 4);
+  const int64_t piece = a.chunk < kPiece ? a.chunk : kPiece;
+  auto largest = [&](int64_t begin, int64_t end) { return largest_of(x, dtype, perm, begin, end); };
+  ChunkStep wide{};
+  int64_t k = 0;
+  for (; k < a.cols; k += piece) {
+    const int64_t c = k / a.chunk;
+    const ChunkStep* given = shared_step(a, k, &wide, largest);
+    step[c] =
+        quantize_piece(x, dtype, perm, k, a.cols, int(piece), given, high ? high + k : nullptr, low + k, sum + c).step;
   }
-  const int64_t end = out->chunks * out->chunk;
-  memset(low + end, 0, size_t(out->cols_padded - end));
-  if (high) memset(high + end, 0, size_t(out->cols_padded - end));
-  memset(step + out->chunks, 0, size_t(out->chunks_padded - out->chunks) * 4);
-  memset(sum + out->chunks, 0, size_t(out->chunks_padded - out->chunks) * 4);
+  memset(low + k, 0, size_t(a.cols_padded - k));
+  if (high) memset(high + k, 0, size_t(a.cols_padded - k));
 }
 
 // 8 dwords of 8 rows, rows 128 bytes apart, to column after column, 64 bytes apart.
@@ -107,35 +132,43 @@ LOWBIT_INLINE void transpose(const int8_t* from, int8_t* to) {
   }
 }
 
-// `chunk` columns of 16 rows of digits to [k/4][row][k%4].
-LOWBIT_INLINE void interleave(const int8_t (*from)[128], int chunk, int8_t* to) {
+// `count` columns of 16 rows of digits to [k/4][row][k%4].
+LOWBIT_INLINE void interleave(const int8_t (*from)[128], int count, int8_t* to) {
   alignas(32) int8_t lines[8 * 64];
-  for (int k = 0; k < chunk; k += 32) {
+  for (int k = 0; k < count; k += 32) {
     for (int r = 0; r < kLanes; r += 8) transpose(from[r] + k, lines + r * 4);
-    memcpy(to + k * kLanes, lines, size_t(chunk - k < 32 ? chunk - k : 32) * kLanes);
+    memcpy(to + k * kLanes, lines, size_t(count - k < 32 ? count - k : 32) * kLanes);
   }
 }
 
 void quantize_tile(const void* x, lowbit_dtype dtype, int64_t stride, const int32_t* perm, int64_t m, int tokens,
                    const Activations* out) {
   alignas(32) int8_t high_rows[kLanes][128] = {}, low_rows[kLanes][128] = {};
-  int8_t* low = out->low + m * out->cols_padded;
-  int8_t* high = out->high ? out->high + m * out->cols_padded : nullptr;
-  float* step = out->step + m * out->chunks_padded;
-  int32_t* sum = out->sum + m * out->chunks_padded;
-  memset(step, 0, size_t(out->chunks_padded) * kLanes * 4);
-  memset(sum, 0, size_t(out->chunks_padded) * kLanes * 4);
-  const int chunk = int(out->chunk);
-  for (int64_t c = 0; c < out->chunks; c++) {
-    for (int t = 0; t < tokens; t++)
-      quantize_chunk(token(x, dtype, stride, m + t), dtype, perm, c * chunk, out->cols, chunk,
-                     high ? high_rows[t] : nullptr, low_rows[t], step + c * kLanes + t, sum + c * kLanes + t);
-    interleave(low_rows, chunk, low + c * chunk * kLanes);
-    if (high) interleave(high_rows, chunk, high + c * chunk * kLanes);
+  const Activations& a = *out;
+  int8_t* low = a.low + m * a.cols_padded;
+  int8_t* high = a.high ? a.high + m * a.cols_padded : nullptr;
+  float* step = a.step + m * a.chunks_padded;
+  int32_t* sum = a.sum + m * a.chunks_padded;
+  memset(step, 0, size_t(a.chunks_padded) * kLanes * 4);
+  memset(sum, 0, size_t(a.chunks_padded) * kLanes * 4);
+  const int64_t piece = a.chunk < kPiece ? a.chunk : kPiece;
+  ChunkStep wide[kLanes]{};
+  int64_t k = 0;
+  for (; k < a.cols; k += piece) {
+    const int64_t c = k / a.chunk;
+    for (int t = 0; t < tokens; t++) {
+      const void* from = token(x, dtype, stride, m + t);
+      auto largest = [&](int64_t begin, int64_t end) { return largest_of(from, dtype, perm, begin, end); };
+      const ChunkStep* given = shared_step(a, k, wide + t, largest);
+      step[c * kLanes + t] = quantize_piece(from, dtype, perm, k, a.cols, int(piece), given,
+                                            high ? high_rows[t] : nullptr, low_rows[t], sum + c * kLanes + t)
+                                 .step;
+    }
+    interleave(low_rows, int(piece), low + k * kLanes);
+    if (high) interleave(high_rows, int(piece), high + k * kLanes);
   }
-  const int64_t end = out->chunks * chunk * kLanes;
-  memset(low + end, 0, size_t(out->cols_padded * kLanes - end));
-  if (high) memset(high + end, 0, size_t(out->cols_padded * kLanes - end));
+  memset(low + k * kLanes, 0, size_t((a.cols_padded - k) * kLanes));
+  if (high) memset(high + k * kLanes, 0, size_t((a.cols_padded - k) * kLanes));
 }
 
 }  // namespace

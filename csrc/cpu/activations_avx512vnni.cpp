@@ -1,7 +1,7 @@
 // x[m,k] ~ step[m,c] * (256*high + low) on AVX-512: activations to int8 digits per token and chunk (docs/numerics.md).
 //
-// A chunk of 16 to 128 columns is 1 to 8 registers of fp32: one pass for the largest magnitude (as integers, so that a
-// NaN counts as larger than infinity), one for the digits and their sum. Tiles go through 16 rows of digits in L1 and a
+// A piece of 16 to 128 columns is 1 to 8 registers of fp32: one pass for the largest magnitude (as integers, so that a
+// NaN counts as larger than infinity; wider chunks take one more pass over x), one for the digits and their sum. Tiles go through 16 rows of digits in L1 and a
 // 16x16 transposition of dwords. Bound by latency (a maximum across lanes and a scalar step for each chunk), about 1 ns
 // for 10 columns: K*M of it against the N*K*M of the product.
 #include <string.h>
@@ -24,21 +24,32 @@ LOWBIT_INLINE __m512 load_columns(const void* x, lowbit_dtype dtype, const int32
   return load_floats(lanes, dtype, 0, 0xFFFF);
 }
 
-// Digits of columns [k, k + chunk) of one token, and their step and sum.
-LOWBIT_INLINE void quantize_chunk(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols,
-                                  int chunk, int8_t* high, int8_t* low, float* step, int32_t* sum) {
+LOWBIT_INLINE __m512i magnitudes(__m512 v) {
+  return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7FFFFFFF));
+}
+
+// The bits of the largest magnitude of columns [begin, end).
+uint32_t largest_of(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t begin, int64_t end) {
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t k = begin; k < end; k += 16)
+    largest = _mm512_max_epi32(largest, magnitudes(load_columns(x, dtype, perm, k, end)));
+  return uint32_t(_mm512_reduce_max_epi32(largest));
+}
+
+// Digits of columns [k, k + count), at most 128, with a given step (`given`) or their own. Adds to *sum.
+LOWBIT_INLINE ChunkStep quantize_piece(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t k, int64_t cols,
+                                       int count, const ChunkStep* given, int8_t* high, int8_t* low, int32_t* sum) {
   __m512 v[8];
   __m512i largest = _mm512_setzero_si512();
-  for (int i = 0; i < chunk / 16; i++) {
+  for (int i = 0; i < count / 16; i++) {
     v[i] = load_columns(x, dtype, perm, k + 16 * i, cols);
-    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(v[i]), _mm512_set1_epi32(0x7FFFFFFF));
-    largest = _mm512_max_epi32(largest, magnitude);
+    if (!given) largest = _mm512_max_epi32(largest, magnitudes(v[i]));
   }
-  const ChunkStep s = chunk_step(uint32_t(_mm512_reduce_max_epi32(largest)), high != nullptr);
+  const ChunkStep s = given ? *given : chunk_step(uint32_t(_mm512_reduce_max_epi32(largest)), high != nullptr);
   const __mmask16 live = s.inverse != 0 ? 0xFFFF : 0;
   const __m512 inverse = _mm512_set1_ps(s.inverse);
   __m512i total = _mm512_setzero_si512();
-  for (int i = 0; i < chunk / 16; i++) {
+  for (int i = 0; i < count / 16; i++) {
     const __m512i q = _mm512_maskz_cvtps_epi32(live, _mm512_mul_ps(v[i], inverse));
     total = _mm512_add_epi32(total, q);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low + 16 * i), _mm512_cvtepi32_epi8(q));
@@ -47,29 +58,35 @@ LOWBIT_INLINE void quantize_chunk(const void* x, lowbit_dtype dtype, const int32
       _mm_storeu_si128(reinterpret_cast<__m128i*>(high + 16 * i), _mm512_cvtepi32_epi8(q_high));
     }
   }
-  *step = s.step;
-  *sum = _mm512_reduce_add_epi32(total);
+  *sum += _mm512_reduce_add_epi32(total);
+  return s;
 }
 
 const void* token(const void* x, lowbit_dtype dtype, int64_t stride, int64_t m) {
   return static_cast<const char*>(x) + m * stride * (dtype == LOWBIT_F32 ? 4 : 2);
 }
 
+// One token; its chunks' sums are gathered piece by piece.
 void quantize_row(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t m, const Activations* out) {
-  int8_t* low = out->low + m * out->cols_padded;
-  int8_t* high = out->high ? out->high + m * out->cols_padded : nullptr;
-  float* step = out->step + m * out->chunks_padded;
-  int32_t* sum = out->sum + m * out->chunks_padded;
-  for (int64_t c = 0; c < out->chunks; c++) {
-    const int64_t k = c * out->chunk;
-    quantize_chunk(x, dtype, perm, k, out->cols, int(out->chunk), high ? high + k : nullptr, low + k, step + c,
-                   sum + c);
+  const Activations& a = *out;
+  int8_t* low = a.low + m * a.cols_padded;
+  int8_t* high = a.high ? a.high + m * a.cols_padded : nullptr;
+  float* step = a.step + m * a.chunks_padded;
+  int32_t* sum = a.sum + m * a.chunks_padded;
+  memset(step, 0, size_t(a.chunks_padded) * 4);
+  memset(sum, 0, size_t(a.chunks_padded) * 4);
+  const int64_t piece = a.chunk < kPiece ? a.chunk : kPiece;
+  auto largest = [&](int64_t begin, int64_t end) { return largest_of(x, dtype, perm, begin, end); };
+  ChunkStep wide{};
+  int64_t k = 0;
+  for (; k < a.cols; k += piece) {
+    const int64_t c = k / a.chunk;
+    const ChunkStep* given = shared_step(a, k, &wide, largest);
+    step[c] =
+        quantize_piece(x, dtype, perm, k, a.cols, int(piece), given, high ? high + k : nullptr, low + k, sum + c).step;
   }
-  const int64_t end = out->chunks * out->chunk;
-  memset(low + end, 0, size_t(out->cols_padded - end));
-  if (high) memset(high + end, 0, size_t(out->cols_padded - end));
-  memset(step + out->chunks, 0, size_t(out->chunks_padded - out->chunks) * 4);
-  memset(sum + out->chunks, 0, size_t(out->chunks_padded - out->chunks) * 4);
+  memset(low + k, 0, size_t(a.cols_padded - k));
+  if (high) memset(high + k, 0, size_t(a.cols_padded - k));
 }
 
 // 64 columns of 16 rows of digits, rows 128 bytes apart, to [k/4][row][k%4].
@@ -102,32 +119,38 @@ LOWBIT_INLINE void interleave(const int8_t* from, int8_t* to) {
 
 void quantize_tile(const void* x, lowbit_dtype dtype, int64_t stride, const int32_t* perm, int64_t m, int tokens,
                    const Activations* out) {
-  alignas(64) int8_t high_rows[kLanes][128] = {}, low_rows[kLanes][128] = {};
-  int8_t* low = out->low + m * out->cols_padded;
-  int8_t* high = out->high ? out->high + m * out->cols_padded : nullptr;
-  float* step = out->step + m * out->chunks_padded;
-  int32_t* sum = out->sum + m * out->chunks_padded;
-  const int64_t chunk = out->chunk;
-  const int64_t bytes = chunk < 64 ? chunk * kLanes : 64 * kLanes;  // of one transposition
-  memset(step, 0, size_t(out->chunks_padded) * kLanes * 4);
-  memset(sum, 0, size_t(out->chunks_padded) * kLanes * 4);
-  alignas(64) int8_t lines[64 * kLanes];
-  for (int64_t c = 0; c < out->chunks; c++) {
-    for (int t = 0; t < tokens; t++)
-      quantize_chunk(token(x, dtype, stride, m + t), dtype, perm, c * chunk, out->cols, int(chunk),
-                     high ? high_rows[t] : nullptr, low_rows[t], step + c * kLanes + t, sum + c * kLanes + t);
-    for (int64_t k = 0; k < chunk; k += 64) {
-      const int64_t at = (c * chunk + k) * kLanes;
-      interleave(low_rows[0] + k, lines);
+  alignas(64) int8_t high_rows[kLanes][128] = {}, low_rows[kLanes][128] = {}, lines[64 * kLanes];
+  const Activations& a = *out;
+  int8_t* low = a.low + m * a.cols_padded;
+  int8_t* high = a.high ? a.high + m * a.cols_padded : nullptr;
+  float* step = a.step + m * a.chunks_padded;
+  int32_t* sum = a.sum + m * a.chunks_padded;
+  memset(step, 0, size_t(a.chunks_padded) * kLanes * 4);
+  memset(sum, 0, size_t(a.chunks_padded) * kLanes * 4);
+  const int64_t piece = a.chunk < kPiece ? a.chunk : kPiece;
+  ChunkStep wide[kLanes]{};
+  int64_t k = 0;
+  for (; k < a.cols; k += piece) {
+    const int64_t c = k / a.chunk;
+    for (int t = 0; t < tokens; t++) {
+      const void* from = token(x, dtype, stride, m + t);
+      auto largest = [&](int64_t begin, int64_t end) { return largest_of(from, dtype, perm, begin, end); };
+      const ChunkStep* given = shared_step(a, k, wide + t, largest);
+      step[c * kLanes + t] = quantize_piece(from, dtype, perm, k, a.cols, int(piece), given,
+                                            high ? high_rows[t] : nullptr, low_rows[t], sum + c * kLanes + t)
+                                 .step;
+    }
+    for (int64_t i = 0; i < piece; i += 64) {
+      const int64_t at = (k + i) * kLanes, bytes = (piece < 64 ? piece : 64) * kLanes;
+      interleave(low_rows[0] + i, lines);
       memcpy(low + at, lines, size_t(bytes));
       if (!high) continue;
-      interleave(high_rows[0] + k, lines);
+      interleave(high_rows[0] + i, lines);
       memcpy(high + at, lines, size_t(bytes));
     }
   }
-  const int64_t end = out->chunks * chunk * kLanes;
-  memset(low + end, 0, size_t(out->cols_padded * kLanes - end));
-  if (high) memset(high + end, 0, size_t(out->cols_padded * kLanes - end));
+  memset(low + k * kLanes, 0, size_t((a.cols_padded - k) * kLanes));
+  if (high) memset(high + k * kLanes, 0, size_t((a.cols_padded - k) * kLanes));
 }
 
 }  // namespace

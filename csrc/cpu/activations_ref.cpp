@@ -20,8 +20,10 @@ Place place(const Activations* a, int64_t m) {
   return {tile * kLanes * a->cols_padded + lane * 4, 4 * kLanes, tile * a->chunks_padded * kLanes + lane, kLanes};
 }
 
-// The step of a chunk whose largest magnitude is a, and the factor that turns x into v before rounding.
-void find_step(float a, bool two_digits, float* step, float* inverse) {
+// The step of a chunk (token_step: of a token) whose largest magnitude is a, and the factor that turns x into v before
+// rounding.
+void find_step(float a, bool two_digits, bool token_step, float* step, float* inverse) {
+  if (token_step && a < 1e-5f) a = 1e-5f;
   if (!isfinite(a)) {
     *step = NAN;
     *inverse = 0;
@@ -52,13 +54,14 @@ void activations__ref(const void* x, lowbit_dtype dtype, int64_t stride, const i
     for (int64_t c = 0; c < a.chunks_padded; c++) {
       const int64_t begin = c * a.chunk, end = m < m1 ? (begin + a.chunk < a.cols ? begin + a.chunk : a.cols) : begin;
       float largest = 0;
-      for (int64_t k = begin; k < end; k++) {
+      const bool whole = a.token_step && begin < end;
+      for (int64_t k = whole ? 0 : begin; k < (whole ? a.cols : end); k++) {
         const float magnitude = fabsf(value(k));
         if (!(magnitude <= largest)) largest = magnitude;  // a NaN is kept: nothing compares greater
         if (isnan(largest)) break;
       }
       float step, inverse;
-      find_step(largest, a.high != nullptr, &step, &inverse);
+      find_step(largest, a.high != nullptr, whole, &step, &inverse);
       int32_t sum = 0;
       for (int64_t k = begin; k < end; k++) {
         const int v = inverse == 0 ? 0 : int(lrintf(value(k) * inverse));

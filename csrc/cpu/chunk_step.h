@@ -1,10 +1,11 @@
-// The step of a chunk of activations from its largest magnitude: the one scalar part of docs/numerics.md that the
-// vector kernels share.
+// The step of a chunk of activations from its largest magnitude: the scalar part of docs/numerics.md that the vector
+// kernels share.
 #ifndef LOWBIT_CPU_CHUNK_STEP_H
 #define LOWBIT_CPU_CHUNK_STEP_H
 
 #include "cpu/float_types.h"
 #include "cpu/inline.h"
+#include "cpu/kernel.h"
 
 namespace lowbit {
 namespace {
@@ -24,6 +25,25 @@ LOWBIT_INLINE ChunkStep chunk_step(uint32_t largest, bool two_digits) {
   // 2^(f-14), twice that if a > 32639 * 2^(f-14): 32639 = 2^14 + 16255, whose last bit is bit 9 of the mantissa.
   const uint32_t exponent = (largest >> 23) - 14 + ((largest & 0x7FFFFFu) > 16255u << 9);
   return {float_from_bits(exponent << 23), float_from_bits((254 - exponent) << 23)};
+}
+
+// Activations are quantized in pieces of at most 128 columns: what one call holds in registers or on the stack.
+constexpr int64_t kPiece = 128;
+
+// The step that the piece of a token at column k shares with other pieces, kept in *wide; NULL when a piece is a chunk
+// and has its own. largest_of(begin, end): the bits of the largest magnitude of those columns of the token.
+template <class LargestOf>
+LOWBIT_INLINE const ChunkStep* shared_step(const Activations& a, int64_t k, ChunkStep* wide, LargestOf largest_of) {
+  if (a.token_step) {
+    constexpr uint32_t kLeast = 0x3727C5ACu;  // 1e-5
+    const uint32_t largest = k == 0 ? largest_of(0, a.cols) : 0;
+    if (k == 0) *wide = chunk_step(largest < kLeast ? kLeast : largest, false);
+    return wide;
+  }
+  if (a.chunk <= kPiece) return nullptr;
+  if (k % a.chunk == 0)
+    *wide = chunk_step(largest_of(k, k + a.chunk < a.cols ? k + a.chunk : a.cols), a.high != nullptr);
+  return wide;
 }
 
 }  // namespace

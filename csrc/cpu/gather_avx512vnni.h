@@ -47,7 +47,7 @@ struct GroupCursor {
         base((w->scale_rows == 1 ? 0 : row) * w->scale_cols),
         end(w->scale_cols == 1 ? INT64_MAX : w->group_size),
         scale_dtype(w->scale_dtype),
-        zero(1 << (int(w->format) - 1)) {
+        zero(middle_code(w->format)) {
     load();
   }
   // Moves to the group of column k < cols, k = the last column asked for + 16; true if it is another one.
@@ -161,21 +161,23 @@ struct RowDecoder {
   }
 };
 
-// One row, four planes at a time; `next` is the row decoded after it, whose lines are fetched meanwhile. With perm the
+// One row, four planes at a time (five of trits); `next` is the row decoded after it, whose lines are fetched meanwhile. With perm the
 // values of a plane are scattered to their original columns one by one.
 template <int kBits, bool kHalf, class Element>
 struct RowGather {
+  static constexpr int kPlanes = kBits == kTrit ? kTritPlanes : 4;
   const lowbit_matrix* w;
   RowDecoder<kBits, kHalf> decoder;
   const uint8_t* codes;
   Element* out;
 
+  // Planes [plane, plane + kPlanes), peeled from `from` (trits: from where they were decoded to).
   template <int i>
-  LOWBIT_INLINE void planes(int64_t plane) {
-    if constexpr (i < 4) {
+  LOWBIT_INLINE void planes(const uint8_t* from, int64_t plane) {
+    if constexpr (i < kPlanes) {
       const int64_t k = (plane + i) * 64, cols = w->cols;
       if (k >= cols) return;
-      const __m512i plane_codes = peel<kBits, 4, false, i>(codes, plane, row_planes(cols));
+      const __m512i plane_codes = peel<kBits, 4, false, i>(from, kBits == kTrit ? 0 : plane, row_planes(cols));
       if (!w->perm) {
         decoder.plane(plane_codes, k, cols, out + k);
       } else {
@@ -183,16 +185,26 @@ struct RowGather {
         decoder.plane(plane_codes, k, cols, values);
         for (int64_t j = 0; j < 64 && k + j < cols; j++) out[w->perm[k + j]] = values[j];
       }
-      planes<i + 1>(plane);
+      planes<i + 1>(from, plane);
     }
   }
 
   LOWBIT_INLINE void row(const uint8_t* next, int64_t row_bytes) {
-    for (int64_t plane = 0; plane * 64 < w->cols; plane += 4) {
-      // Four planes are 32 * kBits bytes; their lines may be begun by the block before.
-      const int64_t begin = ceil_div(plane * 8 * kBits, kLineBytes) * kLineBytes;
-      for (int64_t at = begin; at < (plane + 4) * 8 * kBits && at < row_bytes; at += kLineBytes) prefetch(next + at);
-      planes<0>(plane);
+    if constexpr (kBits == kTrit) {
+      const TritDecoder trits;
+      alignas(64) uint8_t bytes[kTritPlanes * 64];
+      for (int64_t line = 0; line * kLineBytes < row_bytes; line++) {
+        prefetch(next + line * kLineBytes);
+        decode_trits(trits, codes, line, 1, bytes);
+        planes<0>(bytes, line * kTritPlanes);
+      }
+    } else {
+      for (int64_t plane = 0; plane * 64 < w->cols; plane += 4) {
+        // Four planes are 32 * kBits bytes; their lines may be begun by the block before.
+        const int64_t begin = ceil_div(plane * 8 * kBits, kLineBytes) * kLineBytes;
+        for (int64_t at = begin; at < (plane + 4) * 8 * kBits && at < row_bytes; at += kLineBytes) prefetch(next + at);
+        planes<0>(codes, plane);
+      }
     }
   }
 };

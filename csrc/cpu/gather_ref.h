@@ -17,7 +17,7 @@ void gather_ref(const lowbit_matrix* w, const int64_t* ids, int64_t count, void*
       float value = 0;
       if (ids[i] >= 0) {
         const int64_t at = scale_index(w, ids[i], k / w->group_size);
-        const int zero = w->zeros ? w->zeros[at] : 1 << (Bits - 1);
+        const int zero = w->zeros ? w->zeros[at] : middle_code(Bits);
         const int code = get_code(Bits, w->cols, w->codes + ids[i] * row_bytes, k);
         value = load_float(w->scales, w->scale_dtype, at) * float(code - zero);
       }

@@ -16,7 +16,7 @@ constexpr int kSlots = 16;  // partial sums of an output element: chunk c goes t
 constexpr int kLanes = 16;  // tokens of one tile of the token-interleaved layout
 
 // Activations as integers: x[m][k] ~ step[m][c] * (256 * high + low), c = k / chunk. Both digits are int8; in int8
-// mode there is only `low`. Zero beyond cols, up to padded_cols of the widest format, so kernels work on whole planes.
+// mode there is only `low`. Zero beyond cols, up to cols_padded, so kernels work on whole planes.
 // Rows (layout == kRows):   digit[m * cols_padded + k].
 // Tiles (layout == kTiles): tokens in tiles of 16, digit[(m / 16) * 16 * cols_padded + (k / 4) * 64 + (m % 16) * 4 + k % 4],
 //                           step and sum [(m / 16)][c][m % 16]; absent tokens of the last tile are zero.
@@ -24,9 +24,10 @@ struct Activations {
   enum Layout { kRows, kTiles };
   Layout layout;
   int64_t tokens, cols, cols_padded;  // cols_padded: a multiple of 512
-  int64_t chunk;                      // codes a chunk: 16, 32, 64 or 128
+  int64_t chunk;                      // codes a chunk: 16, 32, 64 or 128, or kTritChunk
   int64_t chunks;                     // ceil(cols / chunk)
   int64_t chunks_padded;              // a multiple of 16; step and sum are zero beyond chunks
+  bool token_step;                    // int8 mode as BitNet defines it: one step a token, of at least 1e-5 / 127
   int8_t* high;                       // NULL in int8 mode
   int8_t* low;
   float* step;   // rows: [tokens][chunks_padded]; tiles: [tiles][chunks_padded][16]

@@ -65,6 +65,28 @@ struct BlockOperands {
   Ahead ahead;            // of the prefetch
 };
 
+// Where the planes of a row are peeled from: the row itself, or for trits a stage of it, decoded to bytes in L1.
+template <int kBits>
+struct RowCodes {
+  LOWBIT_INLINE void seek(const uint8_t* row, int64_t plane, int64_t planes, const uint8_t** from, int64_t* at,
+                          int64_t* end) {
+    *from = row, *at = plane, *end = planes;
+  }
+};
+
+template <>
+struct RowCodes<kTrit> {
+  static constexpr int64_t kStage = 160;  // planes: whole lines, and whole blocks of every size
+  alignas(32) uint8_t bytes[kStage * 64];
+
+  LOWBIT_INLINE void seek(const uint8_t* row, int64_t plane, int64_t planes, const uint8_t** from, int64_t* at,
+                          int64_t* end) {
+    const int64_t stage = plane / kStage * kStage, count = planes - stage < kStage ? planes - stage : kStage;
+    if (plane == stage) decode_trits(row, stage / kTritPlanes, ceil_div(count, kTritPlanes), bytes);
+    *from = bytes, *at = plane - stage, *end = count;
+  }
+};
+
 template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
 struct Block {
   static constexpr int kPlanes = kChunk / 4;                      // 16 chunks of kChunk codes
@@ -83,7 +105,7 @@ struct Block {
     if constexpr (i < kPieces) {
       constexpr int piece = kPiece + i, plane = piece / 2;
       if (!stored(o, plane)) return;
-      const __m256i codes = peel<kBits, kPlanes, true, plane, piece % 2>(o.row, o.plane, o.planes, o.ahead);
+      const __m256i codes = peel<kBits, kPlanes, kBits != kTrit, plane, piece % 2>(o.row, o.plane, o.planes, o.ahead);
       for (int t = 0; t < kTokens; t++) {
         const __m256i dl = load32(o.low[t] + piece * 32), dh = kTwoDigits ? load32(o.high[t] + piece * 32) : dl;
         for (int p = 0; p < kParts<kBits>; p++) {
@@ -146,10 +168,11 @@ LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, i
                                  int64_t out_stride) {
   using Chunks16 = Block<kBits, kChunk, kTwoDigits, kTokens>;
   const ChunkGrid grid(w, kChunk);
+  const uint8_t* row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
+  const int64_t planes = stored_planes<kBits>(w->cols);
+  RowCodes<kBits> codes;
   BlockOperands<kTokens> o;
-  o.planes = stored_planes<kBits>(w->cols);
   o.ahead = prefetch_ahead<kBits>((kTwoDigits ? 2 : 1) * x->cols_padded);
-  o.row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
   __m256 acc[kTokens][2];
   for (int t = 0; t < kTokens; t++) acc[t][0] = acc[t][1] = _mm256_setzero_ps();
 
@@ -166,10 +189,11 @@ LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, i
     }
   };
   int64_t c = 0;
-  for (o.plane = 0; o.plane < o.planes; o.plane += Chunks16::kPlanes, c += 16) {
+  for (int64_t plane = 0; plane < planes; plane += Chunks16::kPlanes, c += 16) {
+    codes.seek(row, plane, planes, &o.row, &o.plane, &o.planes);
     for (int t = 0; t < kTokens; t++) {
-      o.high[t] = (kTwoDigits ? x->high : x->low) + (m + t) * x->cols_padded + o.plane * 64;
-      o.low[t] = x->low + (m + t) * x->cols_padded + o.plane * 64;
+      o.high[t] = (kTwoDigits ? x->high : x->low) + (m + t) * x->cols_padded + plane * 64;
+      o.low[t] = x->low + (m + t) * x->cols_padded + plane * 64;
     }
     add_chunks(Chunks16::template chunk_sums<0>(o), c, 0);
     add_chunks(Chunks16::template chunk_sums<1>(o), c + 8, 1);
@@ -189,8 +213,13 @@ void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64
 
 // ---- many tokens: tiles ----
 
-constexpr int kTileRows = 4;         // rows of W that share a load of digits: 8 accumulators with two digits
-constexpr int64_t kTileCodes = 512;  // columns decoded at a time
+constexpr int kTileRows = 4;  // rows of W that share a load of digits: 8 accumulators with two digits
+
+// Columns decoded at a time.
+template <int kBits, int kChunk>
+constexpr int64_t kTileCodes = kBits == kTrit      ? 640
+                               : kChunk * 16 < 512 ? kChunk * 16
+                                                   : 512;
 
 // Decodes planes [plane, plane + kCount) of a row to bytes, part by part `stride` bytes apart; planes that the row does
 // not store become zero codes.
@@ -219,15 +248,22 @@ template <int kBits, int64_t kStage>
 __attribute__((noinline)) void decode_stage(const lowbit_matrix* w, const int64_t* rows, int64_t k,
                                             uint8_t (*codes)[kTileRows][kStage]) {
   const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes, planes = stored_planes<kBits>(w->cols);
-  for (int r = 0; r < kTileRows; r++)
-    decode_planes<kBits, kStage / 64>(w->codes + rows[r] * row_bytes, k / 64, planes, codes[0][r], kTileRows * kStage);
+  if constexpr (kBits == kTrit) {
+    const int64_t line = k / 64 / kTritPlanes, lines = row_bytes / kLineBytes - line, most = kStage / 64 / kTritPlanes;
+    for (int r = 0; r < kTileRows; r++)  // bytes beyond the row stay what they were: its digits are zero there
+      decode_trits(w->codes + rows[r] * row_bytes, line, lines < most ? lines : most, codes[0][r]);
+  } else {
+    for (int r = 0; r < kTileRows; r++)
+      decode_planes<kBits, kStage / 64>(w->codes + rows[r] * row_bytes, k / 64, planes, codes[0][r],
+                                        kTileRows * kStage);
+  }
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
 void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* rows, int count, int64_t tile,
                   float* out, int64_t out_stride) {
   constexpr int R = kTileRows;
-  constexpr int64_t kStage = kChunk * 16 < kTileCodes ? kChunk * 16 : kTileCodes;
+  constexpr int64_t kStage = kTileCodes<kBits, kChunk>, kRun = kChunk < kStage ? kChunk : kStage;
   constexpr int kSum = kChunk < 32 ? kChunk : 32;  // columns whose products 16 bits can hold
   alignas(32) uint8_t codes[kParts<kBits>][R][kStage];
   alignas(32) float slots[kSlots][R][kLanes];
@@ -246,34 +282,39 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
         if (w->zeros) _mm256_store_si256(reinterpret_cast<__m256i*>(zeros[r] + slot), grid.zeros(rows[r], c));
       }
     }
-    const int64_t k = c * kChunk;
-    if (k % kStage == 0) decode_stage<kBits, kStage>(w, rows, k, codes);
-
-    for (int t = 0; t < kLanes; t += 8) {
-      __m256i total[R];
-      for (int r = 0; r < R; r++) total[r] = _mm256_setzero_si256();
-      for (int p = 0; p < kParts<kBits>; p++) {
-        for (int first = 0; first < kChunk; first += kSum) {
-          __m256i h[R], l[R];
-          for (int r = 0; r < R; r++) h[r] = l[r] = _mm256_setzero_si256();
-          const uint8_t* code = codes[p][0] + k % kStage + first;
-          const int64_t at = (k + first) * kLanes + t * 4;
-          for (int i = 0; i < kSum; i += 4) {
-            const __m256i dl = load32(low + at + i * kLanes), dh = kTwoDigits ? load32(high + at + i * kLanes) : dl;
+    alignas(32) int32_t totals[2][R][8] = {};
+    const int64_t end = (c + 1) * kChunk < x->cols ? (c + 1) * kChunk : x->cols;
+    for (int64_t k = c * kChunk; k < end; k += kRun) {  // once, but for a chunk wider than a stage
+      if (k % kStage == 0) decode_stage<kBits, kStage>(w, rows, k, codes);
+      for (int t = 0; t < kLanes; t += 8) {
+        __m256i total[R];
+        for (int r = 0; r < R; r++) total[r] = load32(totals[t / 8][r]);
+        for (int p = 0; p < kParts<kBits>; p++) {
+          for (int first = 0; first < kRun; first += kSum) {
+            __m256i h[R], l[R];
+            for (int r = 0; r < R; r++) h[r] = l[r] = _mm256_setzero_si256();
+            const uint8_t* code = codes[p][0] + k % kStage + first;
+            const int64_t at = (k + first) * kLanes + t * 4;
+            for (int i = 0; i < kSum; i += 4) {
+              const __m256i dl = load32(low + at + i * kLanes), dh = kTwoDigits ? load32(high + at + i * kLanes) : dl;
+              for (int r = 0; r < R; r++) {
+                int32_t four_codes;
+                memcpy(&four_codes, code + r * kStage + i, 4);
+                const __m256i four = _mm256_set1_epi32(four_codes);
+                if (kTwoDigits) h[r] = _mm256_add_epi16(h[r], _mm256_maddubs_epi16(four, dh));
+                l[r] = _mm256_add_epi16(l[r], _mm256_maddubs_epi16(four, dl));
+              }
+            }
             for (int r = 0; r < R; r++) {
-              int32_t four_codes;
-              memcpy(&four_codes, code + r * kStage + i, 4);
-              const __m256i four = _mm256_set1_epi32(four_codes);
-              if (kTwoDigits) h[r] = _mm256_add_epi16(h[r], _mm256_maddubs_epi16(four, dh));
-              l[r] = _mm256_add_epi16(l[r], _mm256_maddubs_epi16(four, dl));
+              total[r] = add_weighted(total[r], l[r], p ? 16 : 1);
+              if (kTwoDigits) total[r] = add_weighted(total[r], h[r], p ? 4096 : 256);
             }
           }
-          for (int r = 0; r < R; r++) {
-            total[r] = add_weighted(total[r], l[r], p ? 16 : 1);
-            if (kTwoDigits) total[r] = add_weighted(total[r], h[r], p ? 4096 : 256);
-          }
         }
+        for (int r = 0; r < R; r++) _mm256_store_si256(reinterpret_cast<__m256i*>(totals[t / 8][r]), total[r]);
       }
+    }
+    for (int t = 0; t < kLanes; t += 8) {
       const int64_t at = (tile * x->chunks_padded + c) * kLanes + t;
       const __m256i v = load32(x->sum + at);
       const __m256 step = _mm256_loadu_ps(x->step + at);
@@ -281,7 +322,7 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
         const __m256i zv =
             w->zeros ? _mm256_mullo_epi32(_mm256_set1_epi32(zeros[r][slot]), v) : _mm256_slli_epi32(v, kBits - 1);
         const __m256 weight = _mm256_mul_ps(_mm256_set1_ps(scales[r][slot]), step);
-        const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(total[r], zv));
+        const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(load32(totals[t / 8][r]), zv));
         _mm256_store_ps(slots[slot][r] + t, _mm256_fmadd_ps(sum, weight, _mm256_load_ps(slots[slot][r] + t)));
       }
     }

@@ -58,6 +58,29 @@ struct BlockOperands {
   Ahead ahead;            // of the prefetch
 };
 
+// Where the planes of a row are peeled from: the row itself, or for trits a stage of it, decoded to bytes in L1.
+template <int kBits>
+struct RowCodes {
+  LOWBIT_INLINE void seek(const uint8_t* row, int64_t plane, int64_t planes, const uint8_t** from, int64_t* at,
+                          int64_t* end) {
+    *from = row, *at = plane, *end = planes;
+  }
+};
+
+template <>
+struct RowCodes<kTrit> {
+  static constexpr int64_t kStage = 160;  // planes: whole lines, and whole blocks of every size
+  TritDecoder trits;
+  alignas(64) uint8_t bytes[kStage * 64];
+
+  LOWBIT_INLINE void seek(const uint8_t* row, int64_t plane, int64_t planes, const uint8_t** from, int64_t* at,
+                          int64_t* end) {
+    const int64_t stage = plane / kStage * kStage, count = planes - stage < kStage ? planes - stage : kStage;
+    if (plane == stage) decode_trits(trits, row, stage / kTritPlanes, ceil_div(count, kTritPlanes), bytes);
+    *from = bytes, *at = plane - stage, *end = count;
+  }
+};
+
 template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
 struct Block {
   static constexpr int kPlanes = kChunk / 4;                               // 16 chunks of kChunk codes
@@ -73,9 +96,11 @@ struct Block {
   template <int kLeaf>
   LOWBIT_INLINE static S leaf(const Operands& o) {
     constexpr int p0 = kLeaf * kLeafPlanes, p1 = p0 + kLeafPlanes - 1;
-    const __m512i c0 = peel<kBits, kPlanes, true, p0>(o.row, o.plane, o.planes, o.ahead);
+    constexpr bool kFetch = kBits != kTrit;  // decoded already
+    const __m512i c0 = peel<kBits, kPlanes, kFetch, p0>(o.row, o.plane, o.planes, o.ahead);
     __m512i c1 = _mm512_setzero_si512();
-    if (p1 > p0 && (kBits < 8 || stored(o, p1))) c1 = peel<kBits, kPlanes, true, p1>(o.row, o.plane, o.planes, o.ahead);
+    constexpr bool kPairs = kBits == 2 || kBits == 3 || kBits == 4;  // lines of an even number of planes
+    if (p1 > p0 && (kPairs || stored(o, p1))) c1 = peel<kBits, kPlanes, kFetch, p1>(o.row, o.plane, o.planes, o.ahead);
     S s;
     for (int t = 0; t < kTokens; t++) {
       __m512i sum = _mm512_setzero_si512();
@@ -122,18 +147,20 @@ LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, i
                                  int64_t out_stride) {
   using Chunks16 = Block<kBits, kChunk, kTwoDigits, kTokens>;
   const ChunkGrid grid(w, kChunk);
+  const uint8_t* row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
+  const int64_t planes = stored_planes<kBits>(w->cols);
+  RowCodes<kBits> codes;
   BlockOperands<kTokens> o;
-  o.planes = stored_planes<kBits>(w->cols);
   o.ahead = prefetch_ahead<kBits>((kTwoDigits ? 2 : 1) * x->cols_padded);
-  o.row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
   __m512 acc[kTokens];
   for (int t = 0; t < kTokens; t++) acc[t] = _mm512_setzero_ps();
 
   int64_t c = 0;
-  for (o.plane = 0; o.plane < o.planes; o.plane += Chunks16::kPlanes, c += 16) {
+  for (int64_t plane = 0; plane < planes; plane += Chunks16::kPlanes, c += 16) {
+    codes.seek(row, plane, planes, &o.row, &o.plane, &o.planes);
     for (int t = 0; t < kTokens; t++) {
-      o.high[t] = (kTwoDigits ? x->high : x->low) + (m + t) * x->cols_padded + o.plane * 64;
-      o.low[t] = x->low + (m + t) * x->cols_padded + o.plane * 64;
+      o.high[t] = (kTwoDigits ? x->high : x->low) + (m + t) * x->cols_padded + plane * 64;
+      o.low[t] = x->low + (m + t) * x->cols_padded + plane * 64;
     }
     const Sums<kTokens> sums = Chunks16::chunk_sums(o);
     const __m512 s = grid.scales(n, c);
@@ -168,8 +195,13 @@ LOWBIT_INLINE void add_products(__m512i& sum, __m512i codes, __m512i digits) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
 }
 
-constexpr int kTileRows = 8;         // rows of W that share a load of digits: 16 accumulators with two digits
-constexpr int64_t kTileCodes = 512;  // columns decoded at a time: 4 KB of L1 for 8 rows
+constexpr int kTileRows = 8;  // rows of W that share a load of digits: 16 accumulators with two digits
+
+// Columns decoded at a time: 4 KB of L1 for 8 rows (5 KB of trits, whose lines hold 320).
+template <int kBits, int kChunk>
+constexpr int64_t kTileCodes = kBits == kTrit      ? 640
+                               : kChunk * 16 < 512 ? kChunk * 16
+                                                   : 512;
 
 // Decodes planes [plane, plane + kCount) of a row to bytes; planes that the row does not store become zero codes.
 template <int kBits, int kCount, int i = 0>
@@ -187,15 +219,22 @@ template <int kBits, int64_t kStage>
 __attribute__((noinline)) void decode_stage(const lowbit_matrix* w, const int64_t* rows, int64_t k,
                                             uint8_t (*codes)[kStage]) {
   const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes, planes = stored_planes<kBits>(w->cols);
-  for (int r = 0; r < kTileRows; r++)
-    decode_planes<kBits, kStage / 64>(w->codes + rows[r] * row_bytes, k / 64, planes, codes[r]);
+  if constexpr (kBits == kTrit) {
+    const TritDecoder trits;
+    const int64_t line = k / 64 / kTritPlanes, lines = row_bytes / kLineBytes - line, most = kStage / 64 / kTritPlanes;
+    for (int r = 0; r < kTileRows; r++)  // bytes beyond the row stay what they were: its digits are zero there
+      decode_trits(trits, w->codes + rows[r] * row_bytes, line, lines < most ? lines : most, codes[r]);
+  } else {
+    for (int r = 0; r < kTileRows; r++)
+      decode_planes<kBits, kStage / 64>(w->codes + rows[r] * row_bytes, k / 64, planes, codes[r]);
+  }
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
 void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* rows, int count, int64_t tile,
                   float* out, int64_t out_stride) {
   constexpr int R = kTileRows;
-  constexpr int64_t kStage = kChunk * 16 < kTileCodes ? kChunk * 16 : kTileCodes;
+  constexpr int64_t kStage = kTileCodes<kBits, kChunk>, kRun = kChunk < kStage ? kChunk : kStage;
   alignas(64) uint8_t codes[R][kStage];
   alignas(64) float slots[kSlots][R][kLanes];
   alignas(64) float scales[R][kSlots];
@@ -216,21 +255,22 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
         if (w->zeros) _mm512_store_si512(zeros[r], grid.zeros(rows[r], c));
       }
     }
-    const int64_t k = c * kChunk;
-    if (k % kStage == 0) decode_stage<kBits, kStage>(w, rows, k, codes);
-
     __m512i h[R], l[R];
     for (int r = 0; r < R; r++) h[r] = l[r] = _mm512_setzero_si512();
-    const uint8_t* code = codes[0] + k % kStage;
-    for (int i = 0; i < kChunk; i += 4) {
-      const __m512i dl = _mm512_loadu_si512(low + (k + i) * kLanes);
-      const __m512i dh = kTwoDigits ? _mm512_loadu_si512(high + (k + i) * kLanes) : dl;
-      for (int r = 0; r < R; r++) {
-        int32_t four_codes;
-        memcpy(&four_codes, code + r * kStage + i, 4);
-        const __m512i four = _mm512_set1_epi32(four_codes);
-        if (kTwoDigits) add_products(h[r], four, dh);
-        add_products(l[r], four, dl);
+    const int64_t end = (c + 1) * kChunk < x->cols ? (c + 1) * kChunk : x->cols;
+    for (int64_t k = c * kChunk; k < end; k += kRun) {  // once, but for a chunk wider than a stage
+      if (k % kStage == 0) decode_stage<kBits, kStage>(w, rows, k, codes);
+      const uint8_t* code = codes[0] + k % kStage;
+      for (int i = 0; i < kRun; i += 4) {
+        const __m512i dl = _mm512_loadu_si512(low + (k + i) * kLanes);
+        const __m512i dh = kTwoDigits ? _mm512_loadu_si512(high + (k + i) * kLanes) : dl;
+        for (int r = 0; r < R; r++) {
+          int32_t four_codes;
+          memcpy(&four_codes, code + r * kStage + i, 4);
+          const __m512i four = _mm512_set1_epi32(four_codes);
+          if (kTwoDigits) add_products(h[r], four, dh);
+          add_products(l[r], four, dl);
+        }
       }
     }
     const __m512i v = _mm512_loadu_si512(sums + c * kLanes);

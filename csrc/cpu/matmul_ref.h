@@ -26,7 +26,7 @@ void matmul_ref(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_
         if (c < x->chunks) {
           const int64_t begin = c * x->chunk, end = begin + x->chunk < w->cols ? begin + x->chunk : w->cols;
           const int64_t at = scale_index(w, n, begin / w->group_size);
-          const int zero = w->zeros ? w->zeros[at] : 1 << (Bits - 1);
+          const int zero = w->zeros ? w->zeros[at] : middle_code(Bits);
           scale = load_float(w->scales, w->scale_dtype, at);
           for (int64_t k = begin; k < end; k++) {
             const int64_t digit =

@@ -18,7 +18,7 @@ LOWBIT_INLINE __m256i load32(const void* from) { return _mm256_loadu_si256(stati
 // Codes [32h, 32h + 32) of plane `plane + i` of a row of `planes` planes; see planes_avx512.h for the arguments.
 template <int kBits, int kBlock, bool kFetch, int i, int h>
 LOWBIT_INLINE __m256i peel(const uint8_t* row, int64_t plane, int64_t planes, Ahead ahead = {}) {
-  if constexpr (kBits == 8) {
+  if constexpr (kBits == 8 || kBits == kTrit) {
     const uint8_t* line = row + plane * 64 + i * 64;
     if (kFetch && h == 0) prefetch(line, ahead);
     return load32(line + 32 * h);
@@ -56,10 +56,26 @@ LOWBIT_INLINE __m256i peel(const uint8_t* row, int64_t plane, int64_t planes, Ah
   }
 }
 
-// The planes of a row whose lines exist: a plane beyond them must not be peeled.
+// Lines [line, line + count) of a row of trits to one code a byte. A digit is how many of the thirds of 256 its byte has
+// passed, 3 * b mod 256 the byte of the rest (formats.h); bytes are compared as signed ones, 128 lower.
+LOWBIT_INLINE void decode_trits(const uint8_t* row, int64_t line, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; i++)
+    for (int h = 0; h < 2; h++) {
+      __m256i rest = _mm256_xor_si256(load32(row + (line + i) * kLineBytes + 32 * h), _mm256_set1_epi8(-128));
+      for (int p = 0; p < kTritPlanes; p++) {
+        const __m256i first = _mm256_cmpgt_epi8(rest, _mm256_set1_epi8(85 - 128));
+        const __m256i second = _mm256_cmpgt_epi8(rest, _mm256_set1_epi8(170 - 128));
+        const __m256i digit = _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_add_epi8(first, second));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + (i * kTritPlanes + p) * 64 + 32 * h), digit);
+        rest = _mm256_add_epi8(rest, _mm256_add_epi8(rest, rest));
+      }
+    }
+}
+
+// The planes of a row whose lines exist: a plane beyond them must not be peeled (trits: that hold columns of the matrix).
 template <int kBits>
 LOWBIT_INLINE int64_t stored_planes(int64_t cols) {
-  constexpr int64_t kTogether = kBits == 8 ? 1 : kBits == 4 ? 2 : 4;
+  constexpr int64_t kTogether = kBits == 8 || kBits == kTrit ? 1 : kBits == 4 ? 2 : 4;
   return ceil_div(row_planes(cols), kTogether) * kTogether;
 }
 

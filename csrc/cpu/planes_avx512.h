@@ -15,9 +15,10 @@ namespace {
 // The 64 codes of plane `plane + i` of a row of `planes` planes. Loops walk a row in blocks of kBlock planes (4, 8, 16
 // or 32; `plane` is a multiple of it) and i is a constant once they are unrolled, so planes of one line share its load.
 // kFetch: the line `ahead` of this one is asked for. The last int3 group of a row may lack its second low line.
+// kTrit: `row` is where decode_trits has put the row's codes, one a byte.
 template <int kBits, int kBlock, bool kFetch, int i>
 LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes, Ahead ahead = {}) {
-  if constexpr (kBits == 8) {
+  if constexpr (kBits == 8 || kBits == kTrit) {
     const uint8_t* line = row + plane * 64 + i * 64;
     if (kFetch) prefetch(line, ahead);
     return _mm512_loadu_si512(line);
@@ -54,10 +55,49 @@ LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes, Ah
   }
 }
 
-// The planes of a row whose lines exist: a plane beyond them must not be peeled.
+// A line of trits to its five planes. A byte b is a fraction of 256 whose base-3 digits are wanted (formats.h): the high
+// byte of 27 * b is 9*d0 + 3*d1 + d2, and that of 9 * (27 * b mod 256) is 3*d3 + d4; two look-ups of each, three and two
+// digits. vpmaddubsw multiplies the even bytes, then the odd ones.
+struct TritDecoder {
+  __m512i digits[kTritPlanes], high_bytes, even27, odd27, nine;
+
+  LOWBIT_INLINE TritDecoder() {
+    alignas(64) uint8_t table[kTritPlanes][64] = {}, index[64];
+    for (int a = 0; a < 27; a++) {
+      table[0][a] = uint8_t(a / 9), table[1][a] = uint8_t(a / 3 % 3), table[2][a] = uint8_t(a % 3);
+      table[3][a] = uint8_t(a / 3 % 3), table[4][a] = uint8_t(a % 3);  // of 9 numbers only
+    }
+    for (int i = 0; i < 64; i++) index[i] = uint8_t((i & 15) | 1);
+    for (int p = 0; p < kTritPlanes; p++) digits[p] = _mm512_load_si512(table[p]);
+    high_bytes = _mm512_load_si512(index);
+    even27 = _mm512_set1_epi16(27), odd27 = _mm512_set1_epi16(27 << 8), nine = _mm512_set1_epi16(9);
+  }
+
+  LOWBIT_INLINE void decode(__m512i line, __m512i (&planes)[kTritPlanes]) const {
+    const __m512i even = _mm512_maddubs_epi16(line, even27), odd = _mm512_maddubs_epi16(line, odd27);
+    const __m512i even_rest = _mm512_maddubs_epi16(even, nine), odd_rest = _mm512_maddubs_epi16(odd, nine);
+    const __mmask64 evens = 0x5555555555555555u;
+    const __m512i three = _mm512_mask_shuffle_epi8(odd, evens, even, high_bytes);
+    const __m512i two = _mm512_mask_shuffle_epi8(odd_rest, evens, even_rest, high_bytes);
+    for (int p = 0; p < 3; p++) planes[p] = _mm512_permutexvar_epi8(three, digits[p]);
+    for (int p = 3; p < kTritPlanes; p++) planes[p] = _mm512_permutexvar_epi8(two, digits[p]);
+  }
+};
+
+// Lines [line, line + count) of a row to one code a byte.
+LOWBIT_INLINE void decode_trits(const TritDecoder& trits, const uint8_t* row, int64_t line, int64_t count,
+                                uint8_t* to) {
+  for (int64_t i = 0; i < count; i++) {
+    __m512i planes[kTritPlanes];
+    trits.decode(_mm512_loadu_si512(row + (line + i) * kLineBytes), planes);
+    for (int p = 0; p < kTritPlanes; p++) _mm512_store_si512(to + (i * kTritPlanes + p) * 64, planes[p]);
+  }
+}
+
+// The planes of a row whose lines exist: a plane beyond them must not be peeled (trits: that hold columns of the matrix).
 template <int kBits>
 LOWBIT_INLINE int64_t stored_planes(int64_t cols) {
-  constexpr int64_t kTogether = kBits == 8 ? 1 : kBits == 4 ? 2 : 4;
+  constexpr int64_t kTogether = kBits == 8 || kBits == kTrit ? 1 : kBits == 4 ? 2 : 4;
   return ceil_div(row_planes(cols), kTogether) * kTogether;
 }
 

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "api/status.h"
+#include "api/validate.h"
 #include "dispatch/parallel.h"
 #include "dispatch/select.h"
 #include "lowbit/formats.h"
@@ -29,8 +29,10 @@ struct Problem {
 
 lowbit_status normalise(const lowbit_gptq_options& options, int64_t rows, int64_t cols, Problem* problem) {
   const int bits = options.format;
-  if (bits != 2 && bits != 3 && bits != 4 && bits != 8)
-    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4 or int8, got %d", bits);
+  if (!is_format(bits))
+    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", bits);
+  if (bits == kTrit && !options.symmetric)
+    return fail(LOWBIT_INVALID_ARGUMENT, "symmetric: expected 1 for trit, got 0");
   if (rows < 1 || rows >= kMaxDimension)
     return fail(LOWBIT_INVALID_ARGUMENT, "rows: expected 1 to 2^31 - 1, got %" PRId64, rows);
   if (cols < 1 || cols >= kMaxDimension)
@@ -72,7 +74,7 @@ lowbit_status check_group_index(const Problem& problem, const int32_t* group_ind
 
 lowbit_status check_static_grids(const Problem& problem, const float* scales, const uint8_t* zeros) {
   if (!problem.static_grids) return LOWBIT_OK;
-  const int max_code = (1 << problem.rule.bits) - 1;
+  const int max_code = code_count(problem.rule.bits) - 1;
   for (int64_t i = 0; i < problem.rows * problem.groups; ++i) {
     const int64_t n = i / problem.groups, g = i % problem.groups;
     if (!(scales[i] > 0) || !std::isfinite(scales[i]))
@@ -173,7 +175,8 @@ void load_panel(const Problem& problem, const Arrays& a, int64_t first, int64_t 
       for (int64_t lane = 0; lane < kSolverLanes; ++lane) {
         const int64_t at = (g * groups + i) * kSolverLanes + lane, n = (first + g * kSolverLanes + lane) * groups + i;
         b.scales[at] = lane < lanes ? a.scales[n] : 1.0f;
-        b.zeros[at] = lane < lanes && !problem.rule.symmetric ? float(a.zeros[n]) : float(1 << (problem.rule.bits - 1));
+        b.zeros[at] =
+            lane < lanes && !problem.rule.symmetric ? float(a.zeros[n]) : float(middle_code(problem.rule.bits));
       }
   }
 }

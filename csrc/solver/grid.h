@@ -12,11 +12,16 @@
 //   code  = clamp(round(w / scale) + zero, 0, 2^bits - 1), round half to even
 // clip: the same grid from p*lo, p*hi for p = 1, .99, ..., .21; the first that minimises sum |error|^2.4 (the
 // search of the GPTQ reference code).
+//
+// Ternary (codes 0, 1, 2 for -s, 0, s): scale = mean|x|, at least 1e-5 (the quantizer that ternary models are trained
+// with); clip: the scale p * max|x|, p = 1, .99, ..., .02, that minimises the same sum. But a group whose nonzero |x| are
+// all one number is ternary already and keeps it: the mean would shrink it by the share of its zeros.
 #ifndef LOWBIT_SOLVER_GRID_H
 #define LOWBIT_SOLVER_GRID_H
 
 #include <stdint.h>
 
+#include "lowbit/formats.h"
 #include "lowbit/lowbit.h"
 
 namespace lowbit {
@@ -49,8 +54,18 @@ struct Lanes {
 
   static inline T decode(T code, const LaneGrid& grid) { return V::mul(grid.scale, V::sub(code, grid.zero)); }
 
+  static inline T largest_code(const GridRule& rule) { return V::set(float(code_count(rule.bits) - 1)); }
+
+  // A ternary scale to its stored dtype; 1 for a group of zeros.
+  static inline LaneGrid trit_grid(T scale, T largest, const GridRule& rule) {
+    const T zero = V::set(0.0f), rounded = V::round_to(scale, rule.scale_dtype);
+    const T lives = V::if_less(zero, largest, rounded, zero);
+    return {V::if_less(zero, lives, rounded, V::set(1.0f)), V::set(float(middle_code(kTrit)))};
+  }
+
   static inline LaneGrid grid_of_range(T lo, T hi, const GridRule& rule) {
-    const T max_code = V::set(float((1 << rule.bits) - 1)), middle = V::set(float(1 << (rule.bits - 1)));
+    if (rule.bits == kTrit) return trit_grid(hi, hi, rule);
+    const T max_code = largest_code(rule), middle = V::set(float(middle_code(rule.bits)));
     const T zero = V::set(0.0f);
     const T scale = V::round_to(V::div(V::sub(hi, lo), max_code), rule.scale_dtype);
     const T offset = V::min(V::max(V::round(V::div(V::sub(zero, lo), scale)), zero), max_code);
@@ -81,8 +96,21 @@ struct Lanes {
     return sum;
   }
 
+  // mean|x|, or the one magnitude of a group that is ternary already.
+  static inline T mean_scale(const float* x, int64_t n, int64_t stride, T largest) {
+    const T zero = V::set(0.0f), one = V::set(1.0f);
+    T sum = zero, others = zero;
+    for (int64_t k = 0; k < n; ++k) {
+      const T magnitude = V::abs(V::load(x + k * stride));
+      sum = V::add(sum, magnitude);
+      others = V::add(others, V::if_less(zero, magnitude, V::if_less(magnitude, largest, one, zero), zero));
+    }
+    const T mean = V::max(V::div(sum, V::set(float(n))), V::set(1e-5f));
+    return V::if_less(zero, others, mean, largest);
+  }
+
   static inline LaneGrid find_grid(const float* x, int64_t n, int64_t stride, const GridRule& rule) {
-    const T zero = V::set(0.0f), max_code = V::set(float((1 << rule.bits) - 1));
+    const T zero = V::set(0.0f), max_code = largest_code(rule);
     T lo = zero, hi = zero;
     for (int64_t k = 0; k < n; ++k) {
       const T w = V::load(x + k * stride);
@@ -90,7 +118,8 @@ struct Lanes {
       hi = V::max(w, hi);
     }
     const T largest = V::max(V::sub(zero, lo), hi);
-    if (rule.symmetric) lo = V::sub(zero, largest), hi = largest;
+    if (rule.bits == kTrit && !rule.clip) return trit_grid(mean_scale(x, n, stride, largest), largest, rule);
+    if (rule.symmetric || rule.bits == kTrit) lo = V::sub(zero, largest), hi = largest;
     LaneGrid best = grid_of_range(lo, hi, rule);
     if (!rule.clip) return best;
 
@@ -98,7 +127,7 @@ struct Lanes {
     // below 2^-100 keeps the plain grid.
     const T unit = V::if_less(V::set(7.8886091e-31f), largest, V::div(V::set(1.0f), largest), zero);
     T best_loss = clipping_loss(x, n, stride, best, max_code, unit);
-    for (int i = 1; i < 80; ++i) {
+    for (int i = 1; i < (rule.bits == kTrit ? 99 : 80); ++i) {
       const T p = V::set(float(100 - i) / 100.0f);
       const LaneGrid grid = grid_of_range(V::mul(p, lo), V::mul(p, hi), rule);
       const T loss = clipping_loss(x, n, stride, grid, max_code, unit);

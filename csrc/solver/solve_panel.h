@@ -102,7 +102,7 @@ struct PanelSolver {
 
   // Solves the 16 columns of a strip, weights in registers.
   void solve_strip(int64_t strip) const {
-    const T max_code = V::set(float((1 << p.rule.bits) - 1));
+    const T max_code = Lanes<V>::largest_code(p.rule);
     const float* u = p.factor ? p.factor + strip_offset(strip) + strip * kStrip * kStrip : nullptr;
     int64_t group[kStrip];
     for (int c = 0; c < kStrip; ++c) group[c] = group_of(strip * kStrip + c) * kLanes;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -12,7 +13,7 @@
 #include "lowbit/lowbit.h"
 
 struct Case {
-  int bits;
+  int bits;  // or lowbit::kTrit
   int64_t rows, cols, group_size;
   bool zeros, perm;
   int scale_shape;  // 0: [rows, groups], 1: [rows, 1], 2: [1, 1] (1 and 2 with one group a row)
@@ -31,7 +32,7 @@ struct TestMatrix {
     const int64_t scale_rows = c.scale_shape == 2 ? 1 : c.rows, scale_cols = c.scale_shape ? 1 : groups;
     auto below = [&](int n) { return int(random() % unsigned(n)); };
     codes.resize(size_t(c.rows * c.cols));
-    for (auto& code : codes) code = uint8_t(below(1 << c.bits));
+    for (auto& code : codes) code = uint8_t(below(lowbit::code_count(c.bits)));
     const size_t scale_bytes = c.scale_dtype == LOWBIT_F32 ? 4 : 2;
     scales.resize(size_t(scale_rows * scale_cols) * scale_bytes);
     std::vector<float> scale_values(size_t(scale_rows * scale_cols));
@@ -42,7 +43,7 @@ struct TestMatrix {
       scale_values[i] = lowbit::load_float(scales.data(), c.scale_dtype, int64_t(i));
     }
     if (c.zeros)
-      for (size_t i = 0; i < scale_values.size(); i++) zeros.push_back(uint8_t(below(1 << c.bits)));
+      for (size_t i = 0; i < scale_values.size(); i++) zeros.push_back(uint8_t(below(lowbit::code_count(c.bits))));
     if (c.perm) {
       for (int64_t k = 0; k < c.cols; k++) perm.push_back(int32_t(k));
       for (int64_t k = c.cols - 1; k > 0; k--) std::swap(perm[size_t(k)], perm[size_t(below(int(k) + 1))]);
@@ -65,12 +66,14 @@ struct TestMatrix {
     for (int64_t n = 0; n < c.rows; n++)
       for (int64_t k = 0; k < c.cols; k++) {
         const int64_t at = (scale_rows == 1 ? 0 : n) * scale_cols + (scale_cols == 1 ? 0 : k / group);
-        const int zero = c.zeros ? zeros[size_t(at)] : 1 << (c.bits - 1);
+        const int zero = c.zeros ? zeros[size_t(at)] : lowbit::middle_code(c.bits);
         dense[size_t(n * c.cols + (c.perm ? perm[size_t(k)] : k))] =
             double(scale_values[size_t(at)]) * (codes[size_t(n * c.cols + k)] - zero);
       }
   }
 };
+
+inline std::string format_name(int bits) { return bits == lowbit::kTrit ? "trit" : "int" + std::to_string(bits); }
 
 // Instruction sets of this machine, each forced in turn.
 inline std::vector<const char*> machine_isas() {

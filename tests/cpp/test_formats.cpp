@@ -55,9 +55,42 @@ int main() {
     CHECK(line[128 + 9] == 1 << high_bits[plane], "plane %d: got %02x", plane, line[128 + 9]);
   }
 
-  CHECK(chunk_size(4096, 128) == 128 && chunk_size(4096, 4096) == 128 && chunk_size(100, 100) == 128, "whole groups");
-  CHECK(chunk_size(4096, 64) == 64 && chunk_size(4096, 192) == 64 && chunk_size(4096, 96) == 32 &&
-            chunk_size(4096, 48) == 16,
+  CHECK(chunk_size(4, 4096, 128) == 128 && chunk_size(4, 4096, 4096) == 128 && chunk_size(4, 100, 100) == 128,
+        "whole groups");
+  CHECK(chunk_size(4, 4096, 64) == 64 && chunk_size(4, 4096, 192) == 64 && chunk_size(4, 4096, 96) == 32 &&
+            chunk_size(4, 4096, 48) == 16,
         "parts of groups");
+  CHECK(chunk_size(kTrit, 4096, 4096) == 40960 && chunk_size(kTrit, 4096, 128) == 128, "ternary rows are one chunk");
+
+  // Trits: all 243 numbers, every digit of each, and the 13 bytes that none of them gives.
+  std::set<int> written;
+  for (int q = 0; q < 243; q++) {
+    const int byte = trit_byte(q);
+    CHECK(byte >= 0 && byte < 256 && trit_number(byte) == q && is_trit_byte(byte), "q %d byte %d", q, byte);
+    written.insert(byte);
+    int rest = byte, number = 0;
+    for (int p = 0; p < kTritPlanes; p++) {
+      CHECK(trit_digit(byte, p) == 3 * rest >> 8, "q %d digit %d", q, p);  // the decoding of docs/formats.md
+      number = 3 * number + (3 * rest >> 8);
+      rest = 3 * rest & 255;
+    }
+    CHECK(number == q, "q %d", q);
+  }
+  CHECK(written.size() == 243, "%zu bytes", written.size());
+  const std::set<int> unused = {1, 20, 40, 60, 79, 99, 119, 138, 158, 178, 197, 217, 237};
+  for (int byte = 0; byte < 256; byte++) {
+    CHECK(is_trit_byte(byte) == !unused.count(byte) && is_trit_byte(byte) == bool(written.count(byte)), "byte %d",
+          byte);
+    if (unused.count(byte)) CHECK(trit_number(byte) == trit_number(byte - 1), "byte %d", byte);
+  }
+  CHECK(trit_byte(121) == 128, "padding is 128");
+  for (int64_t cols = 1; cols <= 1000; cols++) {
+    std::vector<uint8_t> row(size_t(row_lines(kTrit, cols) * kLineBytes), 0);
+    CHECK(int64_t(row.size()) == (cols + 319) / 320 * 64 && padded_cols(kTrit, cols) == (cols + 319) / 320 * 320,
+          "cols %ld", long(cols));
+    for (int64_t k = 0; k < cols; k++) put_code(kTrit, cols, row.data(), k, int((k * 7 + k / 64) % 3));
+    for (int64_t k = 0; k < cols; k++)
+      CHECK(get_code(kTrit, cols, row.data(), k) == int((k * 7 + k / 64) % 3), "cols %ld k %ld", long(cols), long(k));
+  }
   return check::finish("formats");
 }

@@ -17,16 +17,16 @@ bool table_has(const std::string& name) {
 }
 
 void check_ran(const char* verb, int bits, const char* isa) {
-  const std::string stem = bits ? "int" + std::to_string(bits) + "_" + verb : verb;
+  const std::string stem = bits ? format_name(bits) + "_" + verb : verb;
   const std::string wanted = stem + "__" + isa, ran = lowbit_last_kernel(verb);
   if (table_has(wanted)) CHECK(ran == wanted, "forced %s, ran %s", wanted.c_str(), ran.c_str());
 }
 
 std::string describe(const Case& c, int64_t tokens, int mode, const char* isa) {
   char text[200];
-  snprintf(text, sizeof text, "int%d %ldx%ld g%ld zeros %d perm %d scales %d/%d tokens %ld mode %d isa %s", c.bits,
-           long(c.rows), long(c.cols), long(c.group_size), c.zeros, c.perm, c.scale_shape, int(c.scale_dtype),
-           long(tokens), mode, isa);
+  snprintf(text, sizeof text, "%s %ldx%ld g%ld zeros %d perm %d scales %d/%d tokens %ld mode %d isa %s",
+           format_name(c.bits).c_str(), long(c.rows), long(c.cols), long(c.group_size), c.zeros, c.perm, c.scale_shape,
+           int(c.scale_dtype), long(tokens), mode, isa);
   return text;
 }
 
@@ -120,6 +120,34 @@ void test_gather(const Case& c, const std::vector<const char*>& isas) {
   lowbit_set_isa("auto");
 }
 
+// The largest integers that a ternary row can give: every weight 1 (or -1), every digit at its end.
+void test_largest_sums(const std::vector<const char*>& isas) {
+  const int64_t cols = lowbit::kTritChunk;
+  const Case c{lowbit::kTrit, 2, cols, -1, false, false, 2, LOWBIT_F32, true};
+  TestMatrix w(c, random_bits);
+  for (int64_t k = 0; k < cols; k++) w.codes[size_t(k)] = 2, w.codes[size_t(cols + k)] = 0;
+  CHECK(lowbit_pack_codes(&w.view, w.codes.data(), w.lines.data()) == LOWBIT_OK, "%s", lowbit_last_error());
+  const float scale = lowbit::load_float(w.scales.data(), LOWBIT_F32, 0);
+  for (const int mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8})
+    for (const int64_t tokens : {1, 2, 17})
+      for (const char* isa : isas) {
+        const float value = mode == LOWBIT_ACT_FLOAT ? 32639 : 127;
+        const std::vector<float> x(size_t(tokens * cols), value);
+        std::vector<float> y(size_t(tokens * 2));
+        CHECK(lowbit_set_isa(isa) == LOWBIT_OK, "%s", lowbit_last_error());
+        CHECK(lowbit_matmul(&w.view, x.data(), LOWBIT_F32, tokens, cols, nullptr, LOWBIT_F32, y.data(), 2,
+                            lowbit_activations(mode), nullptr, 0) == LOWBIT_OK,
+              "%s", lowbit_last_error());
+        for (int64_t m = 0; m < tokens; m++)
+          for (int64_t n = 0; n < 2; n++) {
+            const float wanted = float(int64_t(value) * cols) * scale * (n ? -1 : 1);
+            CHECK(y[size_t(m * 2 + n)] == wanted, "%s mode %d: got %g, wanted %g", isa, mode,
+                  double(y[size_t(m * 2 + n)]), double(wanted));
+          }
+      }
+  lowbit_set_isa("auto");
+}
+
 }  // namespace
 
 int main() {
@@ -127,11 +155,12 @@ int main() {
   CHECK(isas.size() >= 1 && !strcmp(isas[0], "ref"), "no ref");
   const lowbit_dtype dtypes[] = {LOWBIT_F32, LOWBIT_F16, LOWBIT_BF16};
   int turn = 0;
-  for (const int bits : {2, 3, 4, 8}) {
+  for (const int bits : {lowbit::kTrit, 2, 3, 4, 8}) {
+    const bool may_have_zeros = bits != lowbit::kTrit;
     // Every length around a plane, a line and an int3 group, whole-row scales of each shape.
     for (const int64_t cols :
          {1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 320, 511, 512, 513, 1000, 2049, 4097}) {
-      const bool zeros = turn % 2, perm = turn % 3 == 0;
+      const bool zeros = may_have_zeros && turn % 2, perm = turn % 3 == 0;
       const Case c{bits, 3, cols, -1, zeros, perm, turn % 3, dtypes[turn / 3 % 3], true};
       test_matmul(c, isas, {5, 1, 2}, LOWBIT_F32, true);
       test_gather({bits, 7, cols, -1, zeros, perm, turn % 3, dtypes[turn % 3], false}, isas);
@@ -141,7 +170,8 @@ int main() {
     for (const int64_t group : {16, 32, 48, 64, 80, 96, 128, 192, 256}) {
       for (const int64_t cols : {int64_t(group), 3 * group, int64_t(1031)}) {
         if (cols < group) continue;
-        const Case exact{bits, 9, cols, group, turn % 2 == 0, turn % 3 == 1, 0, dtypes[turn % 3], true};
+        const Case exact{bits, 9, cols, group, may_have_zeros && turn % 2 == 0, turn % 3 == 1, 0, dtypes[turn % 3],
+                         true};
         test_matmul(exact, isas, {17, 1, 8}, LOWBIT_F32, true);
         Case random = exact;
         random.powers_of_two = false;
@@ -151,10 +181,21 @@ int main() {
       }
     }
     // More rows than a block, more tokens than two tiles, one row, one token.
-    test_matmul({bits, 131, 384, 128, true, false, 0, LOWBIT_F16, false}, isas, {33, 32, 31, 16, 1}, LOWBIT_BF16,
-                false);
+    test_matmul({bits, 131, 384, 128, may_have_zeros, false, 0, LOWBIT_F16, false}, isas, {33, 32, 31, 16, 1},
+                LOWBIT_BF16, false);
     test_matmul({bits, 1, 256, 64, false, true, 0, LOWBIT_F32, false}, isas, {16, 1}, LOWBIT_F16, false);
     test_matmul({bits, 67, 130, -1, false, false, 1, LOWBIT_BF16, false}, isas, {300, 257, 256, 1}, LOWBIT_F32, false);
   }
+  // Ternary rows that end in a line, a pair of lines and the stages that kernels decode at a time; rows of several chunks.
+  for (const int64_t cols : {319, 321, 639, 640, 641, 960, 2560, 10239, 10241, 40960, 40961, 81921}) {
+    const int scale_shape = turn++ % 2 ? 1 : 2;
+    test_matmul({lowbit::kTrit, 9, cols, -1, false, false, scale_shape, LOWBIT_F32, true}, isas, {17, 5, 1}, LOWBIT_F32,
+                true);
+    test_matmul({lowbit::kTrit, 9, cols, -1, false, cols < 10000, scale_shape, LOWBIT_F16, false}, isas, {17, 3, 1},
+                LOWBIT_BF16, false);
+    if (cols >= 10239)
+      test_matmul({lowbit::kTrit, 3, cols, 128, false, false, 0, LOWBIT_F16, false}, isas, {17, 1}, LOWBIT_F32, false);
+  }
+  test_largest_sums(isas);
   return check::finish("kernels");
 }

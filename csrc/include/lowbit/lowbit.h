@@ -37,8 +37,10 @@ typedef enum lowbit_status LOWBIT_ENUM_TYPE {
   LOWBIT_NUMERIC = 5 /* data that the method cannot go on with (solver) */
 } lowbit_status;
 
-/* The value of an integer format is its width in bits. */
+/* The value of an integer format is its width in bits. LOWBIT_TRIT: five ternary digits a byte, 1.6 bits a weight; codes
+ * 0, 1, 2 mean -1, 0, 1 and there are no zeros. */
 typedef enum lowbit_format LOWBIT_ENUM_TYPE {
+  LOWBIT_TRIT = 1,
   LOWBIT_INT2 = 2,
   LOWBIT_INT3 = 3,
   LOWBIT_INT4 = 4,
@@ -53,7 +55,8 @@ typedef enum lowbit_dtype LOWBIT_ENUM_TYPE {
   LOWBIT_I64 = 4
 } lowbit_dtype;
 
-/* How matmul represents its activations: two int8 digits (16-bit fixed point, the default) or one, per chunk. */
+/* How matmul represents its activations: two int8 digits (16-bit fixed point, the default) or one, per chunk. With a
+ * ternary matrix LOWBIT_ACT_INT8 is BitNet's: one step a token, max(max|x|, 1e-5) / 127. */
 typedef enum lowbit_activations LOWBIT_ENUM_TYPE { LOWBIT_ACT_FLOAT = 0, LOWBIT_ACT_INT8 = 1 } lowbit_activations;
 
 /* What gather does with an id outside [0, rows). */
@@ -88,7 +91,7 @@ LOWBIT_API const char* lowbit_status_name(lowbit_status status);
 LOWBIT_API int64_t lowbit_row_lines(lowbit_format format, int64_t cols);
 
 /* Checks everything that a kernel relies on. Shapes, sizes, pointers and dtypes always; with `values` also every
- * scale (finite), every zero (<= 2^bits - 1) and perm (a permutation). Do it once, when a matrix is made. */
+ * scale (finite), every zero (<= 2^bits - 1), perm (a permutation) and every ternary byte (13 of the 256 encode nothing). Do it once, when a matrix is made. */
 LOWBIT_API lowbit_status lowbit_matrix_check(const lowbit_matrix* w, int values);
 
 /* Memory for codes: 64-byte aligned, zeroed, on 2 MiB pages where the system gives them (4 KiB pages cost up to a third of
@@ -99,13 +102,15 @@ LOWBIT_API void lowbit_free(void* memory, size_t bytes);
 /* ---- pack ---- */
 
 /* codes_out[rows][row_lines][64] from unpacked codes [rows][cols] (one a byte). Padding gets the zero point of its
- * group (so it decodes to zero). A code above 2^bits - 1 is LOWBIT_OUT_OF_RANGE, named by row and column.
+ * group (so it decodes to zero). A code above 2^bits - 1 (trit: above 2) is LOWBIT_OUT_OF_RANGE, named by row and column.
  * Only format, rows, cols, group_size, scale_rows, scale_cols and zeros of `w` are read. */
 LOWBIT_API lowbit_status lowbit_pack_codes(const lowbit_matrix* w, const uint8_t* codes, uint8_t* codes_out);
 
 /* Round to nearest: the grid of each group from its minimum and maximum, scales rounded to scale_dtype first, then
  * codes. src [rows][cols] with row stride in elements. zeros_out NULL: symmetric (zero 2^(bits-1), scale
  * 2*max|w|/(2^bits-1)); else asymmetric. clip: 0 none, 1 searches the clipping that minimises sum |error|^2.4.
+ * Ternary: scale mean|w| (clip 0) or the one that minimises that sum (clip 1), no zeros; a group that is ternary already,
+ * its nonzero |w| all one number, keeps that number exactly.
  * Non-finite weights are LOWBIT_INVALID_ARGUMENT. */
 LOWBIT_API lowbit_status lowbit_pack_float(lowbit_format format, int64_t rows, int64_t cols, int64_t group_size,
                                            const void* src, lowbit_dtype src_dtype, int64_t src_stride,
