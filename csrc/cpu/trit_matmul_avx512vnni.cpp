@@ -19,10 +19,11 @@ LOWBIT_INLINE void whole_row(const TritDecoder& trits, const lowbit_matrix* w, c
   const float scale = _mm512_cvtss_f32(load_floats(w->scales, w->scale_dtype, scale_at, 1));
   float slots[kTokens][kSlots] = {};
   for (int64_t c = 0; c < x->chunks; c++) {
-    // Two sums for each digit: a chain of five products a line would wait for itself.
-    __m512i h[kTokens][2], l[kTokens][2];
+    // Several sums for each digit: a chain of five products a line would wait for itself.
+    constexpr int kSums = kTokens == 1 ? kTritPlanes : kTokens == 2 ? 2 : 1;
+    __m512i h[kTokens][kSums], l[kTokens][kSums];
     for (int t = 0; t < kTokens; t++)
-      for (int i = 0; i < 2; i++) h[t][i] = l[t][i] = _mm512_setzero_si512();
+      for (int i = 0; i < kSums; i++) h[t][i] = l[t][i] = _mm512_setzero_si512();
     const int64_t end = (c + 1) * kLines < lines ? (c + 1) * kLines : lines;
     for (int64_t line = c * kLines; line < end; line++) {
       prefetch(row + line * kLineBytes, ahead);
@@ -32,14 +33,18 @@ LOWBIT_INLINE void whole_row(const TritDecoder& trits, const lowbit_matrix* w, c
         const int64_t at = (m + t) * x->cols_padded + line * (kTritPlanes * 64);
         for (int p = 0; p < kTritPlanes; p++) {
           if (kTwoDigits)
-            h[t][p % 2] = _mm512_dpbusd_epi32(h[t][p % 2], planes[p], _mm512_loadu_si512(x->high + at + p * 64));
-          l[t][p % 2] = _mm512_dpbusd_epi32(l[t][p % 2], planes[p], _mm512_loadu_si512(x->low + at + p * 64));
+            h[t][p % kSums] =
+                _mm512_dpbusd_epi32(h[t][p % kSums], planes[p], _mm512_loadu_si512(x->high + at + p * 64));
+          l[t][p % kSums] = _mm512_dpbusd_epi32(l[t][p % kSums], planes[p], _mm512_loadu_si512(x->low + at + p * 64));
         }
       }
     }
     for (int t = 0; t < kTokens; t++) {
-      __m512i sum = _mm512_add_epi32(l[t][0], l[t][1]);
-      if (kTwoDigits) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(_mm512_add_epi32(h[t][0], h[t][1]), 8));
+      for (int i = 1; i < kSums; i++) {
+        h[t][0] = _mm512_add_epi32(h[t][0], h[t][i]);
+        l[t][0] = _mm512_add_epi32(l[t][0], l[t][i]);
+      }
+      const __m512i sum = _mm512_add_epi32(l[t][0], _mm512_slli_epi32(h[t][0], 8));  // h is 0 in int8 mode
       const int64_t at = (m + t) * x->chunks_padded + c;
       // Modulo 2^32: the two sums may leave the int32 range, their difference does not.
       const uint32_t product = uint32_t(_mm512_reduce_add_epi32(sum)) - uint32_t(x->sum[at]);

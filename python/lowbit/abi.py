@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowbit import _C
 
-FORMATS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8}
+# By their lowbit_format: the width of an integer format, 1 for five ternary digits a byte.
+FORMATS = {"trit": 1, "int2": 2, "int3": 3, "int4": 4, "int8": 8}
 SCALE_DTYPES = {torch.float32: _C.F32, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
 FLOAT_DTYPES = SCALE_DTYPES
 ID_DTYPES = {torch.int32: _C.I32, torch.int64: _C.I64}
@@ -22,7 +23,7 @@ LINE_BYTES = 64
 
 
 def format_bits(format: str) -> int:
-    """Width of a format's codes in bits. Raises ValueError for a name that is none of FORMATS."""
+    """The number of a format in the C API (FORMATS): the width of an integer format's codes. Raises ValueError for a name that is none of FORMATS."""
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     return FORMATS[format]

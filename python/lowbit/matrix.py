@@ -21,14 +21,16 @@ from lowbit.abi import (
 
 
 class PackedMatrix:
-    """W[n, k] = scales[n, k // group_size] * (code[n, k] - zeros[n, k // group_size]), codes of 2, 3, 4 or 8 bits.
+    """W[n, k] = scales[n, k // group_size] * (code[n, k] - zeros[n, k // group_size]).
+
+    Codes have 2, 3, 4 or 8 bits, or are ternary ("trit": 0, 1, 2 for -1, 0, 1, five in a byte, 1.6 bits a weight).
 
     Attributes:
         codes: uint8 [rows, lines, 64], the line layout. Shared, never copied, by every view of the matrix.
         scales: float32, float16 or bfloat16 [rows, groups], or [rows, 1], or [1, 1] with one group a row.
-        zeros: uint8 of the scales' shape, or None: 2**(bits - 1) everywhere (symmetric).
+        zeros: uint8 of the scales' shape, or None: 2**(bits - 1) everywhere (symmetric), 1 for trit.
         perm: int32 [cols] or None; column j of the packed matrix is column perm[j] of the original.
-        format: "int2", "int3", "int4" or "int8".
+        format: "int2", "int3", "int4", "int8" or "trit".
         rows, cols: out_features (or vocabulary) and in_features.
         group_size: columns that share a scale, a multiple of 16 or `cols`.
 
@@ -47,14 +49,34 @@ class PackedMatrix:
     # -- pack ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_float(cls, weight, format, group_size=-1, *, symmetric=True, scale_dtype=torch.float16, clip=False):
+    def from_float(
+        cls,
+        weight,
+        format,
+        group_size=-1,
+        *,
+        symmetric=True,
+        scale_dtype=torch.float16,
+        clip=False,
+        per_tensor=False,
+    ):
         """Round-to-nearest packing of `weight` [rows, cols] (float32, float16 or bfloat16).
 
         symmetric: one scale 2*max|w|/(2**bits - 1) a group, zero 2**(bits-1); else a zero point a group too.
         clip: search, for each group, the clipping that minimises sum |error|**2.4.
+        "trit": the scale of a group is mean|w|, at least 1e-5 (clip: searched as above); but where the nonzero |w| are
+        all one number the weights are ternary already and keep it, so packing twice changes nothing.
+        per_tensor: one scale for the whole matrix, as ternary models are trained; "trit" with group_size -1 only.
         Scales are rounded to scale_dtype before codes are chosen. Raises ValueError on non-finite weights.
         """
         weight = as_tensor(weight, "weight")
+        if per_tensor:
+            if format != "trit" or group_size not in (-1, weight.shape[-1]) or clip:
+                raise ValueError(
+                    'per_tensor: expected format "trit", group_size -1 and no clip, '
+                    f"got {format!r}, {group_size} and clip={clip}"
+                )
+            return cls._from_float_per_tensor(weight, scale_dtype)
         bits, rows, cols = format_bits(format), *matrix_shape(weight, "weight")
         group_size = normalise_group_size(int(group_size), cols)
         weight = weight if weight.stride(1) == 1 and weight.stride(0) >= cols else weight.contiguous()
@@ -79,10 +101,19 @@ class PackedMatrix:
         return cls(codes, scales, zeros, format=format, cols=cols, group_size=group_size, validate=False)
 
     @classmethod
+    def _from_float_per_tensor(cls, weight, scale_dtype):
+        lookup(SCALE_DTYPES, scale_dtype, "scale_dtype")
+        lookup(FLOAT_DTYPES, weight.dtype, "weight dtype")
+        matrix_shape(weight, "weight")
+        scale = ternary_scale(weight).to(scale_dtype)
+        codes = torch.round(weight.float() / scale.float()).clamp_(-1, 1).add_(1).to(torch.uint8)
+        return cls.from_codes(codes, scale.view(1, 1), format="trit")
+
+    @classmethod
     def from_codes(cls, codes, scales, zeros=None, perm=None, *, format, group_size=-1):
         """Packs unpacked codes uint8 [rows, cols], in packed column order, beside their scales (and zeros, perm).
 
-        Raises IndexError for a code above 2**bits - 1, ValueError or TypeError for anything else that does not fit.
+        Raises IndexError for a code above 2**bits - 1 (trit: 2), ValueError or TypeError for anything else that does not fit.
         """
         codes = as_tensor(codes, "codes")
         if codes.dtype != torch.uint8:
@@ -143,6 +174,8 @@ class PackedMatrix:
         for name, size in (("in_features", self.cols), ("out_features", self.rows)):
             if size % 32:
                 raise ValueError(f"{name}: expected a multiple of 32 in a GPTQ checkpoint, got {size}")
+        if self.format == "trit":
+            raise ValueError('format: expected integer codes in a GPTQ checkpoint, got trit; repack("int2") has them')
         groups = -(-self.cols // self.group_size)
         codes = self.unpack_codes()
         g_idx = torch.arange(self.cols, dtype=torch.int32) // self.group_size
@@ -161,6 +194,26 @@ class PackedMatrix:
         _C.gptq_write_weight(self.bits, self.rows, self.cols, codes.data_ptr(), qweight.data_ptr())
         _C.gptq_write_zeros(self.bits, version, self.rows, groups, zeros.data_ptr(), qzeros.data_ptr())
         return {"qweight": qweight, "qzeros": qzeros, "scales": scales.t().contiguous(), "g_idx": g_idx}
+
+    def repack(self, format) -> PackedMatrix:
+        """The same weights in another format that can hold them: ternary codes as "trit" (1.6 bits) or "int2" (2 bits).
+
+        Codes, scales and perm are kept exactly; int2 gets zeros of 1, and shares no memory of codes. Raises ValueError
+        when the codes are not ternary, or for other formats.
+        """
+        if format == self.format:
+            return self
+        if {format, self.format} != {"trit", "int2"}:
+            raise ValueError(f'format: expected "trit" or "int2" to repack ternary codes, got {self.format} -> {format}')
+        codes = self.unpack_codes()
+        if format == "int2":
+            zeros = torch.ones(self.scales.shape, dtype=torch.uint8)
+            return type(self).from_codes(codes, self.scales, zeros, self.perm, format=format, group_size=self.group_size)
+        if self.zeros is None or not bool((self.zeros == 1).all()):
+            raise ValueError("zeros: expected 1 everywhere to repack int2 as trit, got other zero points")
+        if int(codes.max()) > 2:
+            raise ValueError(f"codes: expected 0, 1 and 2 to repack int2 as trit, got {int(codes.max())}")
+        return type(self).from_codes(codes, self.scales, None, self.perm, format=format, group_size=self.group_size)
 
     # -- unpack --------------------------------------------------------------------------------------------------
 
@@ -232,8 +285,9 @@ class PackedMatrix:
         return self.layout.format
 
     @property
-    def bits(self) -> int:
-        return FORMATS[self.layout.format]
+    def bits(self) -> int | float:
+        """Width of a code: 2, 3, 4 or 8; 1.6 for five trits in a byte."""
+        return 1.6 if self.format == "trit" else FORMATS[self.layout.format]
 
     @property
     def rows(self) -> int:
@@ -303,6 +357,21 @@ def as_tensor(array, name: str) -> torch.Tensor:
         array = torch.from_dlpack(array)
     require_cpu(array, name)
     return array.detach()
+
+
+def ternary_scale(weight: torch.Tensor) -> torch.Tensor:
+    """The scale of a ternary matrix, a float32 scalar: the one magnitude of its nonzero values if they have only one,
+    else mean|w|, at least 1e-5. 1 for a matrix of zeros. Raises ValueError on non-finite weights."""
+    magnitudes = weight.float().abs()
+    largest = magnitudes.max()
+    if not torch.isfinite(largest):
+        row, col = (~torch.isfinite(weight)).nonzero()[0].tolist()
+        raise ValueError(f"weight[{row}, {col}]: expected a finite number, got {float(weight[row, col])}")
+    if largest == 0:
+        return torch.ones(())
+    if bool(((magnitudes == largest) | (magnitudes == 0)).all()):
+        return largest
+    return magnitudes.mean(dtype=torch.float64).float().clamp_(min=1e-5)
 
 
 def matrix_shape(tensor: torch.Tensor, name: str) -> tuple[int, int]:
