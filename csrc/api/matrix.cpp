@@ -114,6 +114,9 @@ lowbit_status lowbit_matrix_check(const lowbit_matrix* w, int values) {
     if (const float scale = load_float(m.scales, m.scale_dtype, i); !std::isfinite(scale))
       return fail(LOWBIT_INVALID_ARGUMENT, "scales[%" PRId64 ", %" PRId64 "]: expected a finite number, got %g",
                   i / m.scale_cols, i % m.scale_cols, double(scale));
+    else if (scale == 0 && m.format == LOWBIT_TRIT)  // no packer stores one: zeros are codes
+      return fail(LOWBIT_INVALID_ARGUMENT, "scales[%" PRId64 ", %" PRId64 "]: expected a number other than 0, got 0",
+                  i / m.scale_cols, i % m.scale_cols);
   const int largest = code_count(m.format) - 1;
   for (int64_t i = 0; m.zeros && i < count; i++)
     if (m.zeros[i] > largest)

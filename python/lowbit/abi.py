@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit import _C
 
 # By their lowbit_format: the width of an integer format, 1 for five ternary digits a byte.
-FORMATS = {"trit": 1, "int2": 2, "int3": 3, "int4": 4, "int8": 8}
+FORMATS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "trit": 1}
 SCALE_DTYPES = {torch.float32: _C.F32, torch.float16: _C.F16, torch.bfloat16: _C.BF16}
 FLOAT_DTYPES = SCALE_DTYPES
 ID_DTYPES = {torch.int32: _C.I32, torch.int64: _C.I64}
@@ -23,7 +23,7 @@ LINE_BYTES = 64
 
 
 def format_bits(format: str) -> int:
-    """The number of a format in the C API (FORMATS): the width of an integer format's codes. Raises ValueError for a name that is none of FORMATS."""
+    """A format's number in the C API: the width of an integer format's codes. Raises ValueError for an unknown name."""
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     return FORMATS[format]

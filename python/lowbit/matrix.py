@@ -113,7 +113,7 @@ class PackedMatrix:
     def from_codes(cls, codes, scales, zeros=None, perm=None, *, format, group_size=-1):
         """Packs unpacked codes uint8 [rows, cols], in packed column order, beside their scales (and zeros, perm).
 
-        Raises IndexError for a code above 2**bits - 1 (trit: 2), ValueError or TypeError for anything else that does not fit.
+        Raises IndexError for a code above 2**bits - 1 (trit: 2), ValueError or TypeError for whatever else does not fit.
         """
         codes = as_tensor(codes, "codes")
         if codes.dtype != torch.uint8:
@@ -204,11 +204,15 @@ class PackedMatrix:
         if format == self.format:
             return self
         if {format, self.format} != {"trit", "int2"}:
-            raise ValueError(f'format: expected "trit" or "int2" to repack ternary codes, got {self.format} -> {format}')
+            raise ValueError(
+                f'format: expected "trit" or "int2" to repack ternary codes, got {self.format} -> {format}'
+            )
         codes = self.unpack_codes()
         if format == "int2":
             zeros = torch.ones(self.scales.shape, dtype=torch.uint8)
-            return type(self).from_codes(codes, self.scales, zeros, self.perm, format=format, group_size=self.group_size)
+            return type(self).from_codes(
+                codes, self.scales, zeros, self.perm, format=format, group_size=self.group_size
+            )
         if self.zeros is None or not bool((self.zeros == 1).all()):
             raise ValueError("zeros: expected 1 everywhere to repack int2 as trit, got other zero points")
         if int(codes.max()) > 2:

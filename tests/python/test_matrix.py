@@ -10,12 +10,14 @@ from lowbit import _C, PackedMatrix
 from lowbit.abi import FORMATS
 from lowbit.matrix import perm_from_g_idx
 
+INTEGER_FORMATS = [name for name in FORMATS if name != "trit"]
 ISAS = [isa for isa in ("ref", "avx2", "avx512vnni") if any(n.endswith(isa) and ok for n, ok in _C.kernels())]
 
 
 def random_matrix(rows, cols, format, group_size=-1, *, zeros=False, perm=False, scale_dtype=torch.float16, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    top = 1 << FORMATS[format]
+    top = 3 if format == "trit" else 1 << FORMATS[format]
+    zeros = zeros and format != "trit"
     groups = 1 if group_size == -1 else -(-cols // group_size)
     return PackedMatrix.from_codes(
         torch.randint(0, top, (rows, cols), dtype=torch.uint8, generator=generator),
@@ -32,7 +34,7 @@ def dense(packed):
     codes = packed.unpack_codes().numpy().astype(np.float64)
     group = np.arange(packed.cols) // packed.group_size
     scales = np.broadcast_to(packed.scales.double().numpy(), (packed.rows, group[-1] + 1))
-    zeros = np.full_like(scales, 1 << (packed.bits - 1)) if packed.zeros is None else packed.zeros.numpy()
+    zeros = np.full_like(scales, 1 << (FORMATS[packed.format] - 1)) if packed.zeros is None else packed.zeros.numpy()
     zeros = np.broadcast_to(zeros, scales.shape).astype(np.float64)
     weight = scales[:, group] * (codes - zeros[:, group])
     if packed.perm is None:
@@ -105,7 +107,7 @@ def test_bits_do_not_depend_on_isa_threads_or_batch(format):
         assert torch.equal(whole, next(y for m, y in results if m == mode))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", INTEGER_FORMATS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_from_float_rounds_to_the_nearest_of_its_grid(format, symmetric):
     w = torch.randn(9, 200, generator=torch.Generator().manual_seed(3))
@@ -225,7 +227,7 @@ GOOD = {"rows": 4, "cols": 64, "format": "int4", "group_size": 32}
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"format": "int5"}, ValueError, "format: expected one of int2, int3, int4, int8, got 'int5'"),
+        ({"format": "int5"}, ValueError, "format: expected one of int2, int3, int4, int8, trit, got 'int5'"),
         ({"cols": 0}, ValueError, "cols: expected at least 1"),
         ({"cols": 200}, ValueError, "codes: expected shape"),
         ({"group_size": 40}, ValueError, "group_size: expected -1, a multiple of 16"),

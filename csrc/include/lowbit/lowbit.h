@@ -91,7 +91,7 @@ LOWBIT_API const char* lowbit_status_name(lowbit_status status);
 LOWBIT_API int64_t lowbit_row_lines(lowbit_format format, int64_t cols);
 
 /* Checks everything that a kernel relies on. Shapes, sizes, pointers and dtypes always; with `values` also every
- * scale (finite), every zero (<= 2^bits - 1), perm (a permutation) and every ternary byte (13 of the 256 encode nothing). Do it once, when a matrix is made. */
+ * scale (finite; trit: not 0), every zero (<= 2^bits - 1), perm (a permutation) and every ternary byte (13 of the 256 encode nothing). Do it once, when a matrix is made. */
 LOWBIT_API lowbit_status lowbit_matrix_check(const lowbit_matrix* w, int values);
 
 /* Memory for codes: 64-byte aligned, zeroed, on 2 MiB pages where the system gives them (4 KiB pages cost up to a third of
