@@ -113,7 +113,7 @@ class PackedMatrix:
     def from_codes(cls, codes, scales, zeros=None, perm=None, *, format, group_size=-1):
         """Packs unpacked codes uint8 [rows, cols], in packed column order, beside their scales (and zeros, perm).
 
-        Raises IndexError for a code above 2**bits - 1 (trit: 2), ValueError or TypeError for whatever else does not fit.
+        Raises IndexError for a code above 2**bits - 1 (trit: 2), ValueError or TypeError for anything unfit.
         """
         codes = as_tensor(codes, "codes")
         if codes.dtype != torch.uint8:
