@@ -47,6 +47,22 @@ def write_file(path: str | os.PathLike, content: Content) -> None:
     _sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields the name of a file for another writer to make, which atomically replaces `path` when the block ends.
+
+    An error inside the block leaves `path` as it was.
+    """
+    path = Path(path)
+    partial = _partial_name(path.parent, path.name, secrets.token_hex(8))
+    with _removing_on_error([partial]):
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    _sync_folder(path.parent)
+
+
 def write_files(folder: str | os.PathLike, files: Mapping[str, Content], stale: Iterable[str] = ()) -> None:
     """Replaces all of `files` (name -> content) in `folder` as one step, and deletes the `stale` names.
 
