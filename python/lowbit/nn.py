@@ -104,10 +104,28 @@ class PackedModule(nn.Module):
         return "unloaded" if self.weight is None else str(self.weight.dtype)
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in float32, rounded to x's dtype, times `weight` [size]: Llama's order of rounding."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
 class Linear(PackedModule):
     """y = x W^T + bias: x [..., in_features] float32, float16 or bfloat16 -> y [..., out_features] of the same dtype.
 
     activations: "float" (16-bit fixed point per group, error about 4e-5 of the product) or "int8".
+    rms_norm: an RMSNorm that x passes first (as some BitNet layers have), or None; assign it.
     Gradients flow to x and bias; a packed weight is frozen.
     """
 
@@ -120,6 +138,7 @@ class Linear(PackedModule):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
+        self.rms_norm: RMSNorm | None = None
 
     @classmethod
     def from_packed(cls, packed: PackedMatrix, bias: Tensor | None = None, activations: str = "float") -> Linear:
@@ -129,6 +148,8 @@ class Linear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         layout, bias = self.layout, self._parameters["bias"]
+        if self.rms_norm is not None:
+            x = self.rms_norm(x)
         if layout is None:
             self._require_weight()
             return nn.functional.linear(x, self.weight, bias)

@@ -1,4 +1,4 @@
-"""Models from files and to files: `load` reads lowbit, GPTQ and plain folders, `save` writes them.
+"""Models from files and to files: `load` reads lowbit, GPTQ, BitNet and plain folders, `save` writes them.
 
 A folder is a Hugging Face one: config.json, safetensors, tokenizer files. Nothing here reads or writes pickle.
 """
@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
-from . import gptq, native
+from . import bitnet, gptq, native
 from .safe_write import finish_interrupted, read_manifest, verify, write_files
 from .safetensors_map import INDEX, Weights, serialize
 from .strict_json import parse_json
 
-FORMATS = ("lowbit", "gptq", "gptq_v2")
+FORMATS = ("lowbit", "gptq", "gptq_v2", "bitnet", "bitnet_auto")
+_GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
+_LINEAR_CLASSES = {"bitnet": "bitlinear", "bitnet_auto": "autobitlinear"}
 
 # Files of a model's folder that travel with it when it is saved elsewhere.
 _COMPANIONS = (
@@ -53,7 +55,7 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None):
     Saving over the folder is safe meanwhile (files are replaced, not rewritten); cutting a mapped file short is not.
     in_memory: True copies codes, a matrix at a time, to anonymous memory with huge pages, which decode-bound kernels
         read faster; False never does; None copies when the codes take 64 MiB or more, the system offers huge pages and
-        the memory is available. Codes of GPTQ checkpoints are always converted into memory.
+        the memory is available. Codes of GPTQ and BitNet checkpoints are always converted into memory.
     A save that was interrupted after its commit is completed first.
 
     Raises FileNotFoundError for a missing file, NotImplementedError for an unknown quant_method or width, and
@@ -77,8 +79,12 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None):
     elif method == gptq.QUANT_METHOD:
         skeleton = integration.meta_model(config, str(folder))
         packed = gptq.read_packed(weights, described, where, skeleton)
+    elif method == bitnet.QUANT_METHOD:
+        settings = bitnet.Settings.parse(described, where)
+        online = integration.bitnet_linears(config, settings.skipped, str(folder)) if settings.online else ()
+        packed = bitnet.read_packed(weights, settings, online)
     else:
-        raise NotImplementedError(f"{where}: quant_method: expected lowbit or gptq, got {method!r}")
+        raise NotImplementedError(f"{where}: quant_method: expected lowbit, gptq or bitnet, got {method!r}")
     config.quantization_config = native.quantization_config(packed.entries)
     model, unexpected = integration.build_model(config, packed, folder)
     if unexpected:
@@ -90,7 +96,8 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None):
 def save(model, path, format: str = "lowbit", tokenizer=None, max_shard_size: int | str | None = None) -> None:
     """Writes a model to a folder as one step: a crash leaves the old folder or the new one (see safe_write).
 
-    format: "lowbit"; or "gptq" (version 1) or "gptq_v2" for other tools, which hold packed linear layers only.
+    format: "lowbit"; or, for other tools and of packed linear layers only, "gptq" (version 1), "gptq_v2", or "bitnet"
+        (linear class bitlinear) or "bitnet_auto" (autobitlinear), which hold ternary layers.
     tokenizer: saved too; without one, the tokenizer files of the folder that the model was loaded from are copied.
     max_shard_size: bytes, or text as "5GB"; None writes one file.
 
@@ -105,11 +112,13 @@ def save(model, path, format: str = "lowbit", tokenizer=None, max_shard_size: in
     if format == "lowbit":
         described, tensors = native.describe(model)
         described = described if described["modules"] else None
+    elif format in _GPTQ_VERSIONS:
+        described, tensors = gptq.describe(model, _GPTQ_VERSIONS[format])
     else:
-        described, tensors = gptq.describe(model, FORMATS.index(format))
+        described, tensors = bitnet.describe(model, _LINEAR_CLASSES[format])
     files = _companions(model, tokenizer)
     files["config.json"] = _config_json(model, described)
-    if format != "lowbit":
+    if format in _GPTQ_VERSIONS:
         files[gptq.LEGACY_CONFIG] = gptq.legacy_config(described)
     files.update(_weight_contents(tensors, described if format == "lowbit" else None, _bytes(max_shard_size)))
     write_files(folder, files, stale=_stale(folder, files))

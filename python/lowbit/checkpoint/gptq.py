@@ -180,6 +180,8 @@ def describe(model: torch.nn.Module, version: int) -> tuple[dict, dict[str, torc
                 f"{name}: GPTQ checkpoints hold linear layers: expected a float embedding, got {matrix}; "
                 "save in the lowbit format, or load a float table into it"
             )
+        if module.rms_norm is not None:
+            raise ValueError(f"{name}: rms_norm: expected none, which a GPTQ checkpoint has no place for")
         for part in ("weight", "weight_scale", "weight_zero", "weight_perm"):
             tensors.pop(f"{name}.{part}", None)
         try:

@@ -1,7 +1,7 @@
 """lowbit's own checkpoints: docs/formats.md section 1, "On disk".
 
     config.json           the model's configuration, with quantization_config {quant_method: "lowbit", format_version,
-                          modules: {name: {format, cols, group_size, activations, kind[, shared_with]}}}
+                          modules: {name: {format, cols, group_size, activations, kind[, shared_with, rms_norm_eps]}}}
     model.safetensors     <module>.weight (codes), .weight_scale, .weight_zero, .weight_perm beside the plain tensors;
                           metadata "lowbit" repeats the quantization_config of the modules in the file. Or shards with
                           model.safetensors.index.json
@@ -35,7 +35,10 @@ _HUGE_PAGE_GAIN_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """What config.json says of one packed module; cols is K, group_size is in columns."""
+    """What config.json says of one packed module; cols is K, group_size is in columns.
+
+    rms_norm_eps: of the RMSNorm in front of a linear layer (a BitNet module), or None without one.
+    """
 
     format: str
     cols: int
@@ -43,6 +46,7 @@ class ModuleEntry:
     activations: str = "float"
     kind: str = "linear"
     shared_with: str | None = None
+    rms_norm_eps: float | None = None
 
     def to_dict(self) -> dict:
         return {key: value for key, value in asdict(self).items() if value is not None}
@@ -83,7 +87,7 @@ def parse_entries(quantization_config: Mapping, where: str) -> dict[str, ModuleE
 def _parse_entry(value: object, where: str) -> ModuleEntry:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: expected an object, got {type(value).__name__}")
-    allowed = {"format", "cols", "group_size", "activations", "kind", "shared_with"}
+    allowed = {"format", "cols", "group_size", "activations", "kind", "shared_with", "rms_norm_eps"}
     if unknown := value.keys() - allowed:
         raise ValueError(f"{where}: expected fields among {sorted(allowed)}, got {sorted(unknown)}")
     entry = ModuleEntry(**{"format": None, "cols": None, "group_size": -1, **value})
@@ -99,6 +103,9 @@ def _parse_entry(value: object, where: str) -> ModuleEntry:
         raise ValueError(f"{where}: kind: expected linear or embedding, got {entry.kind!r}")
     if not isinstance(entry.shared_with, str | None):
         raise ValueError(f"{where}: shared_with: expected the name of a module, got {entry.shared_with!r}")
+    eps = entry.rms_norm_eps
+    if eps is not None and not (entry.kind == "linear" and type(eps) is float and 0 <= eps < 1):
+        raise ValueError(f"{where}: rms_norm_eps: expected a fraction in front of a linear layer, got {eps!r}")
     return entry
 
 
@@ -252,6 +259,7 @@ def describe(model: torch.nn.Module) -> tuple[dict, dict[str, torch.Tensor]]:
             getattr(module, "activations", "float"),
             kind,
             None if owner == name else owner,
+            module.rms_norm.eps if kind == "linear" and module.rms_norm is not None else None,
         )
         modules[name] = entry
         for part in PARTS:

@@ -7,6 +7,7 @@ recomputing the buffers that no file holds (rotary frequencies, position ids).
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,10 +15,11 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import models
+from .. import models, nn
 from ..checkpoint import native
 from ..checkpoint.safe_write import COMMIT
 from ..checkpoint.safetensors_map import Weights
@@ -165,6 +167,17 @@ def meta_model(config: transformers.PreTrainedConfig, where: str):
         return model_class(config)
 
 
+def bitnet_linears(config: transformers.PreTrainedConfig, skipped: list[str] | None, where: str) -> set[str]:
+    """Names of the linear layers that Transformers makes BitNet layers, given `modules_to_not_convert`."""
+    model = meta_model(config, where)
+    keep = HfQuantizer.get_modules_to_not_convert(model, skipped, model._keep_in_fp32_modules)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    try:
+        return {name for name in names if should_convert_module(name, keep)}
+    except re.error as error:
+        raise ValueError(f"{where}: modules_to_not_convert: expected regular expressions: {error}") from None
+
+
 def _install(model, packed: native.PackedWeights) -> None:
     matrices, activations = {}, {}
     for name, source in [*((name, name) for name in packed.matrices), *packed.shared.items()]:
@@ -174,6 +187,9 @@ def _install(model, packed: native.PackedWeights) -> None:
         matrices[name], activations[name] = matrix, entry.activations
     _untie(model, set(matrices))
     models.patch(model, matrices, activations=activations)
+    for name, matrix in matrices.items():
+        if (eps := packed.entries[name].rms_norm_eps) is not None:
+            model.get_submodule(name).rms_norm = nn.RMSNorm(matrix.cols, eps)
     for name in packed.shared:
         model.get_submodule(name).unload()  # filled after loading, so that no file needs to hold its tensors
 
