@@ -20,6 +20,7 @@ from lowbit import nn as lowbit_nn
 from lowbit.checkpoint import bitnet, native
 from lowbit.checkpoint.ternary_blocks import pack_rows
 from lowbit.checkpoint.ternary_matrix import TernaryMatrix
+from lowbit.cli.inspect import examine
 
 EPS = 2.0**-24
 CLASSES = ["bitlinear", "autobitlinear"]
@@ -333,6 +334,22 @@ def test_biases_and_other_models(tmp_path):
     assert close(logits(loaded), logits(their_model(folder)), 1e-2)
 
 
+@pytest.mark.parametrize("linear_class", CLASSES)
+def test_inspect_reads_the_files_alone(linear_class, tmp_path):
+    model, matrices = ternary_model()
+    folder = write_folder(tmp_path / "a", model, packed_tensors(matrices, linear_class), linear_class=linear_class)
+    facts = examine(folder)
+    modules = {module["name"]: module for module in facts["modules"]}
+    assert modules.keys() == {*matrices, "model.embed_tokens"}
+    assert facts["quant_method"] == "bitnet"
+    assert facts["totals"]["other_tensors"] == 5  # the norms
+    for name, matrix in matrices.items():
+        rows, cols = matrix.shape
+        assert (modules[name]["format"], modules[name]["shape"]) == ("bitnet", [rows, cols])
+        assert modules[name]["bytes"] == rows * cols // 4 + 4
+        assert modules[name]["scales"] == pytest.approx([matrix.scales.item()] * 2, rel=2**-22)
+
+
 # ---- what is refused ----
 
 NAME = "model.layers.0.mlp.up_proj"  # 128 x 64
@@ -438,9 +455,9 @@ def test_what_bitnet_cannot_hold_is_refused_by_name(tmp_path):
 def test_scales_are_stored_as_narrowly_as_they_read_back(linear_class, dtype):
     for value in (torch.rand(200, generator=generator(7)) * 2 + 1e-3).tolist():
         stored = torch.tensor([value]).to(dtype)
-        read = bitnet._scale(stored, linear_class)
+        read = bitnet.factor(stored, linear_class)
         written = bitnet._stored_scale(read.reshape(1), linear_class, dtype)
-        assert torch.equal(bitnet._scale(written, linear_class), read)
+        assert torch.equal(bitnet.factor(written, linear_class), read)
         if dtype != torch.float32:
             assert written.dtype == dtype
             assert torch.equal(written, stored)

@@ -443,7 +443,9 @@ def test_shard_sizes_that_mean_nothing_are_refused(tmp_path, size):
 
 
 def test_what_is_no_model_or_format_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="format: expected one of lowbit, gptq, gptq_v2, got 'gguf'"):
+    with pytest.raises(
+        ValueError, match="format: expected one of lowbit, gptq, gptq_v2, bitnet, bitnet_auto, got 'gguf'"
+    ):
         lowbit.save(llama(), tmp_path, format="gguf")
     with pytest.raises(TypeError, match="expected a Transformers model, got Linear"):
         lowbit.save(torch.nn.Linear(2, 2), tmp_path)

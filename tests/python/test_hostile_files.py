@@ -330,7 +330,9 @@ def test_a_plain_folder_is_checked_too(tmp_path):
 
 def test_an_unknown_method_is_named(copied):
     reconfigure(copied, lambda described: described.update(quant_method="awq"))
-    with pytest.raises(NotImplementedError, match=r"config.json: .*quant_method: expected lowbit or gptq, got 'awq'"):
+    with pytest.raises(
+        NotImplementedError, match=r"config.json: .*quant_method: expected lowbit, gptq or bitnet, got 'awq'"
+    ):
         lowbit.load(copied)
 
 

@@ -15,6 +15,7 @@ from lowbit.checkpoint.safe_write import (
     MANIFEST,
     finish_interrupted,
     read_manifest,
+    replacing,
     verify,
     write_file,
     write_files,
@@ -250,3 +251,16 @@ def test_one_file_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_file(path, json.dumps({}).encode())
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["report.json"]
+
+
+def test_a_file_that_another_writer_makes_replaces_the_old_one_when_it_is_complete(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="half way"), replacing(path) as partial:
+        partial.write_bytes(b"half")
+        raise RuntimeError("half way")
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {"a": b"old"}
+    with replacing(path) as partial:
+        partial.write_bytes(b"new")
+        assert path.read_bytes() == b"old"
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {"a": b"new"}

@@ -125,7 +125,7 @@ def _read_module(
         raise ValueError(f"expected weight_scale beside weight ({weight.dtype}), found none")
     if settings.online and ternarized_online:
         raise ValueError("expected a float weight alone in quantization_mode online, found weight_scale too")
-    scale = _scale(weights[f"{name}.weight_scale"], settings.linear_class)
+    scale = factor(weights[f"{name}.weight_scale"], settings.linear_class)
     if not weight.is_floating_point():
         return TernaryMatrix(unpack_rows(weight), scale), False
     if settings.linear_class == "bitlinear":
@@ -134,8 +134,11 @@ def _read_module(
     return TernaryMatrix(ternary.trits, ternary.scales * scale), False
 
 
-def _scale(stored: torch.Tensor, linear_class: str) -> torch.Tensor:
-    """weight_scale as a factor of the trits, float32 [1, 1]."""
+def factor(stored: torch.Tensor, linear_class: str) -> torch.Tensor:
+    """A module's weight_scale as the factor of its trits, float32 [1, 1].
+
+    Raises ValueError unless it is one float, positive and finite, and so is its reciprocal where that is the factor.
+    """
     if not stored.is_floating_point() or list(stored.shape) not in ([], [1]):
         raise ValueError(f"weight_scale: expected one float, [1], got {stored.dtype} {list(stored.shape)}")
     scale = stored.float().reshape(1, 1)

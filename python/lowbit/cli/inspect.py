@@ -27,8 +27,8 @@ def inspect(
 ) -> None:
     """Show a model's modules, from its files.
 
-    Format, shape, group size, bits per weight, bytes, range of the scales. Reads lowbit and GPTQ checkpoints
-    and plain ones; no model is built and no weight is unpacked.
+    Format, shape, group size, bits per weight, bytes, range of the scales. Reads lowbit, GPTQ and BitNet
+    checkpoints and plain ones; no model is built and no weight is unpacked.
     """
     terminal = Terminal(json)
 
@@ -69,12 +69,12 @@ def inspect(
 def examine(path: Path) -> dict[str, Any]:
     """{"path", "quant_method", "modules": [...], "totals"} of a folder or a .safetensors file.
 
-    A module is a dict: name, format ("int4", "gptq int4", "float32", ...), shape [rows, cols], group_size,
+    A module is a dict: name, format ("int4", "gptq int4", "bitnet", "float32", ...), shape [rows, cols], group_size,
     bits_per_weight, bytes, scales [smallest, largest] or None, zeros, perm (whether stored), shared_with
     (name of the owner, or None).
     ValueError, naming file and tensor, for contents that contradict themselves; FileNotFoundError.
     """
-    from lowbit.checkpoint import gptq, quantization_config
+    from lowbit.checkpoint import bitnet, gptq, quantization_config
     from lowbit.checkpoint.native import QUANT_METHOD, parse_entries
     from lowbit.checkpoint.safetensors_map import Weights
 
@@ -83,6 +83,7 @@ def examine(path: Path) -> dict[str, Any]:
     settings, where = quantization_config(folder)
     method = (settings or {}).get("quant_method")
     entries = parse_entries(settings, where) if method == QUANT_METHOD else {}
+    ternary = bitnet.Settings.parse(settings, where) if method == bitnet.QUANT_METHOD else None
 
     modules, other = [], []
     for tensor in weights:
@@ -90,13 +91,15 @@ def examine(path: Path) -> dict[str, Any]:
         entry = entries.get(name)
         if part == "weight" and entry is not None and not weights.entry(tensor).dtype.is_floating_point:
             modules.append(_packed_module(name, entry, weights))
+        elif part == "weight" and ternary and not weights.entry(tensor).dtype.is_floating_point:
+            modules.append(_bitnet_module(name, ternary.linear_class, weights))
         elif part == "qweight":
             modules.append(_gptq_module(name, settings or {}, weights))
         elif (
             part == "weight" and len(weights.entry(tensor).shape) == 2 and weights.entry(tensor).dtype.is_floating_point
         ):
             modules.append(_float_module(name, weights))
-        elif not (entry is not None and part.startswith("weight_")) and not (
+        elif not ((entry is not None or ternary) and part.startswith("weight_")) and not (
             part in _GPTQ_PARTS and f"{name}.qweight" in weights
         ):
             other.append(tensor)
@@ -162,6 +165,25 @@ def _gptq_module(name: str, settings: dict[str, Any], weights: Weights) -> dict[
         scales=_range(weights[f"{name}.scales"]),
         zeros=True,
         perm=index is not None and bool((index.diff() < 0).any()),
+    )
+
+
+def _bitnet_module(name: str, linear_class: str, weights: Weights) -> dict[str, Any]:
+    from lowbit.checkpoint import bitnet
+
+    shape, scale = weights.entry(f"{name}.weight").shape, f"{name}.weight_scale"
+    if scale not in weights or len(shape) != 2:
+        found = "none" if scale not in weights else f"weight {list(shape)}"
+        raise ValueError(
+            f"{weights.path(f'{name}.weight')}: {name}: expected weight_scale beside 2-D weight, found {found}"
+        )
+    return _module(
+        name,
+        "bitnet",
+        (4 * shape[0], shape[1]),
+        _bytes(weights, f"{name}.weight") + _bytes(weights, scale),
+        group_size=shape[1],
+        scales=_range(bitnet.factor(weights[scale], linear_class)),
     )
 
 
