@@ -314,24 +314,38 @@ def test_norms_in_front_of_layers(linear_class, tmp_path):
         lowbit.save(loaded, tmp_path / "c", format=FORMAT[linear_class])
 
 
-def test_biases_and_other_models(tmp_path):
-    model = build(
-        transformers.Qwen2Config(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-            tie_word_embeddings=True,
-        )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("linear_class", CLASSES)
+def test_biases(linear_class, dtype, tmp_path):
+    config = transformers.Qwen2Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        tie_word_embeddings=True,
     )
-    matrices = {name: ternary(*weight.shape, 0.02) for name, weight in linears(model).items()}
-    folder = write_folder(tmp_path / "a", model, packed_tensors(matrices, "bitlinear"))
-    loaded = lowbit.load(folder)
-    bias = model.model.layers[0].self_attn.q_proj.bias
-    assert torch.equal(loaded.model.layers[0].self_attn.q_proj.bias, bias)
-    assert close(logits(loaded), logits(their_model(folder)), 1e-2)
+    model = build(config, dtype)
+    matrices = {name: ternary(*weight.shape, 0.03125) for name, weight in linears(model).items()}
+    tensors = packed_tensors(matrices, linear_class, dtype)
+    folder = write_folder(tmp_path / "a", model, tensors, linear_class=linear_class)
+    loaded, expected = lowbit.load(folder), their_model(folder)
+    assert close(logits(loaded).float(), logits(expected).float(), 1e-2 if dtype == torch.float32 else 0.05)
+    name = "model.layers.0.self_attn.q_proj"
+    stored = model.get_submodule(name).bias.float()
+    # Transformers multiplies the sum, the bias included, by autobitlinear's scale.
+    bias = stored if linear_class == "bitlinear" else stored * 0.03125
+    assert torch.equal(loaded.get_submodule(name).bias.float(), bias)
+    x = torch.randn(3, 64, generator=generator(8)).to(dtype)
+    with torch.no_grad():
+        assert close(loaded.get_submodule(name)(x).float(), expected.get_submodule(name)(x).float(), 0.02)
+    lowbit.save(loaded, tmp_path / "b", format=FORMAT[linear_class])
+    written = safetensors.torch.load_file(tmp_path / "b" / "model.safetensors")
+    original = safetensors.torch.load_file(folder / "model.safetensors")
+    for key in (f"{name}.{part}" for part in ("weight", "weight_scale", "bias")):
+        assert written[key].dtype == original[key].dtype
+        assert torch.equal(written[key], original[key]), key
 
 
 @pytest.mark.parametrize("linear_class", CLASSES)

@@ -12,6 +12,7 @@ from gguf import quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lowbit
 from lowbit.checkpoint import ternary_matrix
 from lowbit.checkpoint.gguf import HEADER_LIMIT, GgufFile, write_gguf
 from lowbit.checkpoint.ternary_blocks import BLOCKS, decode, decode_i2_s, encode, pack_rows, unpack_rows
@@ -362,6 +363,25 @@ def test_matrices_are_checked_when_they_are_made():
         TernaryMatrix(trits, torch.ones(1, 1), 16)
     with pytest.raises(ValueError, match="group_size: expected -1 or 1 to 32, got 33"):
         TernaryMatrix(trits, torch.ones(4, 1), 33)
+
+
+def test_packed_matrices_that_are_ternary_are_taken():
+    ours = matrix(5, 96, 0.37)
+    codes, zeros = (ours.trits + 1).view(torch.uint8), torch.ones(1, 1, dtype=torch.uint8)
+    wide = lowbit.PackedMatrix.from_codes(codes, ours.scales, zeros, format="int2")
+    assert TernaryMatrix.from_packed(wide).equal(ours)
+    codes[3, 7] = 3
+    wide = lowbit.PackedMatrix.from_codes(codes, ours.scales, zeros, format="int2")
+    with pytest.raises(ValueError, match=r"codes: expected 0, 1 or 2, got 3 at \[3, 7\]"):
+        TernaryMatrix.from_packed(wide)
+    for other in ("int2", "int4"):
+        with pytest.raises(ValueError, match=r"format: expected trit \(or int2 with zero point 1\), got PackedMatrix"):
+            TernaryMatrix.from_packed(lowbit.PackedMatrix.from_float(ours.unpack(), other))
+    for ternary in (ours, TernaryMatrix(random_trits(4, 512), torch.rand(4, 2).add(0.5), 256)):
+        packed = ternary.to_packed()
+        assert (packed.format, packed.shape, packed.group_size) == ("trit", ternary.shape, ternary.group_size)
+        assert torch.equal(packed.unpack(), ternary.unpack())
+        assert TernaryMatrix.from_packed(packed).equal(ternary)
 
 
 # ---- never twice ----

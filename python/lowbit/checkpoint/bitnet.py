@@ -1,8 +1,9 @@
 """BitNet checkpoints of Hugging Face Transformers (quant_method "bitnet"): docs/formats.md section 4.
 
 A module's trits are packed four rows a byte beside one weight_scale, which divides the product in the linear class
-"bitlinear" (it is 1 / mean|W|) and multiplies it in "autobitlinear". Both quantize activations to 8 bits a token, so
-the modules made here have activations "int8". Which module is ternary is decided by the tensors in the file; only in
+"bitlinear" (it is 1 / mean|W|) and multiplies it in "autobitlinear", there after the bias was added: a stored bias is
+in units of the scale. Both quantize activations to 8 bits a token, so the modules made here have activations "int8".
+Which module is ternary is decided by the tensors in the file; only in
 quantization mode "online", where the weights are floats like any others, by the names in the configuration.
 """
 
@@ -98,6 +99,9 @@ def read_packed(weights: Weights, settings: Settings, online_names: Collection[s
     consumed = {f"{name}.{part}" for name in matrices for part in ("weight", "weight_scale")}
     tensors = {key: weights[key] for key in weights if key not in consumed}
     for name, matrix in matrices.items():
+        if settings.linear_class == "autobitlinear" and f"{name}.weight_scale" in weights and f"{name}.bias" in weights:
+            scale = factor(weights[f"{name}.weight_scale"], settings.linear_class)
+            tensors[f"{name}.bias"] = weights[f"{name}.bias"].float() * scale.reshape(1)
         tensors.update(named_parts(name, matrix))
         if settings.rms_norm_eps is not None:
             _check_norm(name, weights, matrix.cols)
@@ -212,7 +216,10 @@ def _module_tensors(
     scale = ternary.scales[:1, :1]
     if bool((ternary.scales != scale).any()):
         raise ValueError(f"scales: expected one for the matrix, got {list(ternary.scales.shape)} that differ")
-    return {"weight": pack_rows(ternary.trits), "weight_scale": _stored_scale(scale.reshape(1), linear_class, dtype)}
+    parts = {"weight": pack_rows(ternary.trits), "weight_scale": _stored_scale(scale.reshape(1), linear_class, dtype)}
+    if linear_class == "autobitlinear" and module.bias is not None:
+        parts["bias"] = _stored_bias(module.bias.detach().float(), parts["weight_scale"].float(), dtype)
+    return parts
 
 
 def _stored_scale(scale: torch.Tensor, linear_class: str, dtype: torch.dtype) -> torch.Tensor:
@@ -227,6 +234,13 @@ def _stored_scale(scale: torch.Tensor, linear_class: str, dtype: torch.dtype) ->
     around = [torch.nextafter(stored, torch.full_like(stored, end)) for end in (0.0, torch.inf)]
     candidates = [stored.to(dtype), stored, *around]
     return next((each for each in candidates if torch.equal(1.0 / each.float(), scale)), stored)
+
+
+def _stored_bias(bias: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """bias / scale in the model's dtype where that reads back as the same bias, else in float32."""
+    stored = bias / scale
+    narrow = stored.to(dtype)
+    return narrow if torch.equal(narrow.float() * scale, bias) else stored
 
 
 def _float_dtype(model: torch.nn.Module) -> torch.dtype:
