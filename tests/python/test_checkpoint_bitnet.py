@@ -188,7 +188,7 @@ def test_a_folder_loads_as_transformers_loads_it(linear_class, dtype, tmp_path):
     expected = their_model(folder)
     kind = theirs.BitLinear if linear_class == "bitlinear" else theirs.AutoBitLinear
     assert isinstance(expected.get_submodule(next(iter(matrices))), kind)
-    assert close(logits(loaded).float(), logits(expected).float(), 1e-2 if dtype == torch.float32 else 0.05)
+    assert close(logits(loaded).float(), logits(expected).float(), 1e-3 if dtype == torch.float32 else 0.05)
     lowbit.save(loaded, tmp_path / "b", format=FORMAT[linear_class])
     assert (tmp_path / "b" / "model.safetensors").stat().st_size > 0
     again = lowbit.load(tmp_path / "b")
@@ -257,7 +257,7 @@ def test_latent_weights_are_ternarized_as_transformers_does(dtype, skipped, tmp_
     for name, matrix in packed.items():
         weight = expected.get_submodule(name).weight
         assert torch.equal(matrix.unpack(dtype), theirs.WeightQuant.apply(weight))
-    assert close(logits(loaded).float(), logits(expected).float(), 1e-2 if dtype == torch.float32 else 0.05)
+    assert close(logits(loaded).float(), logits(expected).float(), 1e-3 if dtype == torch.float32 else 0.05)
 
 
 def test_latent_weights_that_are_ternary_are_kept_with_a_warning(tmp_path):
@@ -295,7 +295,7 @@ def test_norms_in_front_of_layers(linear_class, tmp_path):
     settings = {"linear_class": linear_class, "use_rms_norm": True, "rms_norm_eps": 1e-4}
     folder = write_folder(tmp_path / "a", model, tensors, **settings)
     loaded = lowbit.load(folder)
-    assert close(logits(loaded), logits(their_model(folder)), 1e-2)
+    assert close(logits(loaded), logits(their_model(folder)), 1e-3)
     name = "model.layers.1.mlp.down_proj"
     module = loaded.get_submodule(name)
     x = torch.randn(3, 128, generator=generator(6))
@@ -331,7 +331,7 @@ def test_biases(linear_class, dtype, tmp_path):
     tensors = packed_tensors(matrices, linear_class, dtype)
     folder = write_folder(tmp_path / "a", model, tensors, linear_class=linear_class)
     loaded, expected = lowbit.load(folder), their_model(folder)
-    assert close(logits(loaded).float(), logits(expected).float(), 1e-2 if dtype == torch.float32 else 0.05)
+    assert close(logits(loaded).float(), logits(expected).float(), 1e-3 if dtype == torch.float32 else 0.05)
     name = "model.layers.0.self_attn.q_proj"
     stored = model.get_submodule(name).bias.float()
     # Transformers multiplies the sum, the bias included, by autobitlinear's scale.

@@ -51,9 +51,10 @@ def write_file(path: str | os.PathLike, content: Content) -> None:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields the name of a file for another writer to make, which atomically replaces `path` when the block ends.
 
-    An error inside the block leaves `path` as it was.
+    The folder is made where there is none. An error inside the block leaves `path` as it was.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_name(path.parent, path.name, secrets.token_hex(8))
     with _removing_on_error([partial]):
         yield partial
