@@ -18,7 +18,7 @@ from ..matrix import PackedMatrix
 from .native import ModuleEntry, PackedWeights, named_parts, packed_modules, split_ties
 from .safetensors_map import Weights
 from .ternary_blocks import pack_rows, unpack_rows
-from .ternary_matrix import TernaryMatrix, absmean, check_scales
+from .ternary_matrix import TernaryMatrix, check_scales, magnitude
 
 QUANT_METHOD = "bitnet"
 LINEAR_CLASSES = ("bitlinear", "autobitlinear")
@@ -123,7 +123,7 @@ def _read_module(
     weight, has_scale = weights[f"{name}.weight"], f"{name}.weight_scale" in weights
     if weight.is_floating_point() and not has_scale:
         if settings.online and ternarized_online:
-            return absmean(weight)
+            return ternarize(weight)
         return None, False
     if not has_scale:
         raise ValueError(f"expected weight_scale beside weight ({weight.dtype}), found none")
@@ -136,6 +136,21 @@ def _read_module(
         raise ValueError(f"weight: expected packed trits (torch.uint8) for bitlinear, got {weight.dtype}")
     ternary = TernaryMatrix.from_float(weight)
     return TernaryMatrix(ternary.trits, ternary.scales * scale), False
+
+
+def ternarize(weight: torch.Tensor) -> tuple[TernaryMatrix, bool]:
+    """(What Transformers makes of a latent float weight [rows, cols] at run time, whether it was ternary already).
+
+    In float32: s = 1 / clamp(mean|W|, 1e-5), t = clamp(round_half_even(W * s), -1, 1), and the scale is 1 / s rounded
+    to the weight's dtype, as W' = t / s is. A matrix that is ternary already keeps its trits and its scale. Raises
+    ValueError for NaN and infinity.
+    """
+    if magnitude(weight) is not None:
+        return TernaryMatrix.from_float(weight), True
+    wide = weight.detach().float()
+    inverse = 1.0 / wide.abs().mean().clamp(min=1e-5)
+    trits = (wide * inverse).round().clamp(-1, 1).to(torch.int8)
+    return TernaryMatrix(trits, (1.0 / inverse).to(weight.dtype).float().reshape(1, 1)), False
 
 
 def factor(stored: torch.Tensor, linear_class: str) -> torch.Tensor:

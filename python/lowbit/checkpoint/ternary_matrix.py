@@ -2,9 +2,8 @@
 
     W[n, k] = scales[n, k // group_size] * trits[n, k],   trits in {-1, 0, 1}
 
-A weight becomes ternary once. `TernaryMatrix.from_float` takes only a matrix that is ternary already, and `absmean`,
-which rounds one that is not, keeps one that is: rounding it again would leave every trit and shrink the scale by the
-share of nonzeros.
+Nothing is rounded to trits here: `TernaryMatrix.from_float` takes only a matrix that is ternary already. A weight
+becomes ternary once; twice would leave every trit and shrink the scale by the share of nonzeros.
 """
 
 from dataclasses import dataclass
@@ -67,13 +66,7 @@ class TernaryMatrix:
         """
         if packed.perm is not None:
             raise ValueError("perm: expected a ternary matrix in its original column order, got a permutation")
-        if packed.format == "int2" and packed.zeros is not None and bool((packed.zeros == 1).all()):
-            codes = packed.unpack_codes()
-            refuse_where(codes > 2, codes, "codes: expected 0, 1 or 2")
-        elif packed.format == "trit":
-            codes = packed.unpack_codes()
-        else:
-            raise ValueError(f"format: expected trit (or int2 with zero point 1), got {packed}")
+        codes = packed.repack("trit").unpack_codes()
         return cls(codes.view(torch.int8) - 1, packed.scales.float(), packed.group_size)
 
     def to_packed(self) -> PackedMatrix:
@@ -99,21 +92,6 @@ class TernaryMatrix:
     @property
     def shape(self) -> tuple[int, int]:
         return self.trits.shape[0], self.trits.shape[1]
-
-
-def absmean(weight: torch.Tensor) -> tuple[TernaryMatrix, bool]:
-    """(The ternary matrix that BitNet makes of a float [rows, cols], whether it was one already.)
-
-    In float32, as Hugging Face computes it: s = 1 / clamp(mean|W|, 1e-5), t = clamp(round_half_even(W * s), -1, 1), and
-    the scale is 1 / s rounded to the weight's dtype, which is what W' = (t / s) keeps. A matrix that is ternary already
-    keeps its trits and its scale. Raises ValueError for NaN and infinity.
-    """
-    if magnitude(weight) is not None:
-        return TernaryMatrix.from_float(weight), True
-    wide = weight.detach().float()
-    inverse = 1.0 / wide.abs().mean().clamp(min=1e-5)
-    trits = (wide * inverse).round().clamp(-1, 1).to(torch.int8)
-    return TernaryMatrix(trits, (1.0 / inverse).to(weight.dtype).float().reshape(1, 1)), False
 
 
 def magnitude(weight: torch.Tensor) -> float | None:
