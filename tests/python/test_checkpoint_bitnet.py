@@ -325,6 +325,12 @@ def test_norms_in_front_of_layers(linear_class, tmp_path):
         assert torch.equal(logits(lowbit.load(folder)), logits(loaded))
     with pytest.raises(ValueError, match="rms_norm: expected none, which a GPTQ checkpoint has no place for"):
         lowbit.save(loaded, tmp_path / "gptq", format="gptq")
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    for eps in ("1e-4", 1, -0.5, True):
+        config["quantization_config"]["modules"][name]["rms_norm_eps"] = eps
+        (tmp_path / "native" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"{name}: rms_norm_eps: expected a fraction .*, got {eps!r}"):
+            lowbit.load(tmp_path / "native")
     module.rms_norm = None
     with pytest.raises(ValueError, match="rms_norm: expected the same norm in front of every packed layer or none"):
         lowbit.save(loaded, tmp_path / "c", format=FORMAT[linear_class])

@@ -513,6 +513,7 @@ def test_files_are_what_the_gguf_package_reads_and_read_back(ternary, tmp_path):
             dense = quants.dequantize(np.array(theirs[name].data), theirs[name].tensor_type)
             assert np.array_equal(dense, tensor.unpack().numpy())
             assert ours.ternary(name).equal(tensor)
+            assert torch.equal(ours.packed(name).unpack(), tensor.unpack())
         else:
             assert torch.equal(ours.floats(name), tensor)
     assert ours.metadata["general.quantization_version"] == 2
@@ -523,7 +524,8 @@ def test_files_are_what_the_gguf_package_reads_and_read_back(ternary, tmp_path):
     for key, width in widths.items():
         assert isinstance(ours.metadata[key], width)
     again = tmp_path / "again.gguf"
-    write_gguf(again, tensors, ours.metadata, ternary=ternary)
+    packed = {name: t.to_packed() if isinstance(t, TernaryMatrix) else t for name, t in tensors.items()}
+    write_gguf(again, packed, ours.metadata, ternary=ternary)
     assert again.read_bytes() == path.read_bytes()
 
 
