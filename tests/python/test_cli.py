@@ -169,6 +169,7 @@ def test_a_reader_that_goes_away_is_no_error(model):
         ("eval {model} --context 1", "context: expected at least 2 tokens, got 1"),
         ("generate {model} {nothing}", "prompt: expected at least one token"),
         ("quantize {model} -o {out} --bits 5", "bits: expected one of 2, 3, 4, 8, 16, got 5"),
+        ("quantize {model} -o {out} --correction more", "correction: expected one of none, least_squares, got 'more'"),
         ("quantize {model} -o {out} --format zip", "format: expected one of lowbit, gptq, gptq_v2, got 'zip'"),
         ("quantize {model} -o {out} --rule nowhere=8", "matches no matrix of the model"),
         ("quantize {model} -o {model}", "expected another folder than the model's own"),

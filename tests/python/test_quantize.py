@@ -4,6 +4,7 @@ model."""
 import io
 import json
 import math
+import re
 import sysconfig
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit.evaluate import encode, evaluate
 from lowbit.quantize import Progress, Recipe, make_plan
 from lowbit.quantize.progress import PlainProgress, RichProgress, TimeLeft, clock, terminal_progress
 from lowbit.quantize.replay import Replay, hooks, survey, tensors
@@ -133,6 +135,75 @@ def test_later_stages_see_the_quantized_ones():
         losses[sequential] = {row["name"]: row["loss"] for row in report.modules}
     assert losses[True]["model.layers.0.self_attn.q_proj"] == losses[False]["model.layers.0.self_attn.q_proj"]
     assert losses[True]["model.layers.0.mlp.down_proj"] != losses[False]["model.layers.0.mlp.down_proj"]
+
+
+LEAST_SQUARES = {"correction": "least_squares", "group_size": 32}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_corrected(architecture):
+    """Beside the quantized network runs the original one: what its modules read is what they read before anything was
+    quantized, bit for bit, through encoders, masks that differ by block and embeddings in 4 bits."""
+    model, ids = build(architecture), token_ids(128)
+    more = {"decoder_input_ids": ids[:64]} if model.config.is_encoder_decoder else {}
+    expected, blocks = {}, tuple(f"{name}." for name in lowbit.models.find_blocks(model))
+
+    def note(name):
+        return lambda _module, args: expected.setdefault(name, args[0].clone())
+
+    with hooks() as add, torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | transformers.pytorch_utils.Conv1D) and name.startswith(blocks):
+                add(module.register_forward_pre_hook(note(name)))
+        model(input_ids=ids[:64], use_cache=False, **more)
+
+    from lowbit.quantize import correction
+
+    seen, original = [], correction.Drift.add
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(correction.Drift, "add", lambda d, x, now: seen.append(x.clone()) or original(d, x, now))
+        report = lowbit.quantize(model, ids, Recipe(**LEAST_SQUARES | {"bits": 3, "embed_bits": 4}), batch_size=64)
+    rows = [row for row in report.modules if row["method"] == "gptq"]
+    if architecture == "albert":  # its one block runs twice
+        assert {row["fallback"] for row in rows} == {"not corrected: outside the blocks"} and not seen
+        return
+    inside = [row for row in rows if row["name"].startswith(blocks)]
+    assert len(inside) >= 8 and {(row["correction"], row["fallback"]) for row in inside} == {("least_squares", None)}
+    expected = [expected[row["name"]] for row in inside]
+    assert all(any(torch.equal(x, e) for e in expected if e.shape == x.shape) for x in seen[::2])
+    assert all(any(torch.equal(x, e) for x in seen[::2] if e.shape == x.shape) for e in expected)
+    assert all(isinstance(model.get_submodule(row["name"]), lowbit.nn.Linear) for row in rows)
+
+
+def test_the_correction_changes_nothing_where_nothing_was_lost():
+    """Before the first layer that is quantized, inputs are the original's."""
+    packed = {}
+    for correction in ("none", "least_squares"):
+        model = build("llama")
+        lowbit.quantize(model, token_ids(128), Recipe(**LEAST_SQUARES | {"correction": correction}))
+        packed[correction] = packed_tensors(model)
+    same = {name for name, t in packed["none"].items() if torch.equal(t, packed["least_squares"][name])}
+    first = {name for name in packed["none"] if re.search(r"layers\.0\.self_attn\.[qkv]_proj", name)}
+    assert first <= same and len(same) < len(packed["none"]) / 2
+
+
+def test_too_few_tokens_are_not_fitted():
+    packed = {}
+    for correction in ("none", "least_squares"):
+        model = build("llama")
+        report = lowbit.quantize(model, token_ids(127), Recipe(**LEAST_SQUARES | {"correction": correction}))
+        packed[correction] = packed_tensors(model)
+    assert {r["fallback"] for r in report.modules} == {"not corrected: 4064 tokens, fewer than 4096"}
+    assert all(torch.equal(t, packed["none"][name]) for name, t in packed["least_squares"].items())
+
+
+def test_a_rule_corrects_one_module_and_the_head_says_why_not():
+    recipe = Recipe(group_size=32, head_bits=4, rules=[("lm_head|.*down_proj", {"correction": "least_squares"})])
+    report = lowbit.quantize(build("llama"), token_ids(128), recipe)
+    corrected = {row["name"].split(".")[-1] for row in report.modules if row["correction"]}
+    assert corrected == {"down_proj"}
+    fallbacks = {row["name"]: row["fallback"] for row in report.modules if row["fallback"]}
+    assert fallbacks == {"lm_head": "not corrected: outside the blocks"}
 
 
 @pytest.mark.parametrize(("architecture", "segments"), [("gemma2", [2]), ("t5", [2, 2]), ("bert", [2]), ("gpt2", [2])])
@@ -281,6 +352,14 @@ def test_experts_that_saw_no_token_are_rounded_with_the_reason():
             assert (row["method"], row["fallback"]) == ("rtn", "calibration reached no token of it")
 
 
+def test_experts_are_not_corrected():
+    """Which tokens an expert reads is decided by what has moved, so its inputs cannot be paired."""
+    torch.manual_seed(0)
+    report = lowbit.quantize(MixtureOfExperts(), token_ids(160) % 50, Recipe(**LEAST_SQUARES))
+    reasons = {row["fallback"] for row in report.modules if row["method"] == "gptq"}
+    assert reasons == {"not corrected: it does not read every token once"}
+
+
 def test_a_model_without_blocks_is_one_block():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 50))
@@ -378,7 +457,9 @@ def test_hooks_are_gone_after_an_error(monkeypatch):
     assert model.training and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_the_same_bytes_whatever_the_number_of_threads():
+@pytest.mark.parametrize("correction", ["none", "least_squares"])
+def test_the_same_bytes_whatever_the_number_of_threads(correction):
+    windows = 20 if correction == "none" else 128
     tensors = []
     before = torch.get_num_threads(), lowbit._C.threads()
     try:
@@ -386,7 +467,8 @@ def test_the_same_bytes_whatever_the_number_of_threads():
             torch.set_num_threads(threads)
             lowbit._C.set_threads(threads)
             model = build("gemma2", torch.bfloat16)
-            lowbit.quantize(model, token_ids(20), Recipe(bits=3, group_size=32, embed_bits=8))
+            recipe = Recipe(bits=3, group_size=32, embed_bits=8, correction=correction)
+            lowbit.quantize(model, token_ids(windows), recipe)
             tensors.append(packed_tensors(model))
     finally:
         torch.set_num_threads(before[0])
@@ -491,6 +573,23 @@ def test_a_real_model_at_4_bits_keeps_its_perplexity():
     assert {r["bits_per_weight"] for r in report.modules} == {4.125}
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert perplexity(model, held_out) < 1.01 * before
+
+
+def test_the_correction_keeps_a_real_model_nearer_to_itself():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY_LLAMA)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
+    held_out = encode(tokenizer, text_of("heapq.py"))[:3072]
+    divergence = {}
+    for correction in ("none", "least_squares"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
+        recipe = Recipe(bits=3, group_size=128, correction=correction)
+        report = lowbit.quantize(
+            model, text_of("argparse.py"), recipe, tokenizer=tokenizer, context=256, max_windows=24
+        )
+        assert {r["correction"] for r in report.modules} == {None if correction == "none" else correction}
+        assert not any(r["fallback"] for r in report.modules)
+        divergence[correction] = evaluate(model, held_out, reference=reference, context=256).kl_divergence
+    assert divergence["least_squares"] < 0.97 * divergence["none"]
 
 
 def test_a_real_encoder():

@@ -116,6 +116,8 @@ def test_from_dict_takes_the_names_of_gptq_checkpoints():
         ({"group_size": 0}, ValueError, "group_size"),
         ({"order": "best"}, ValueError, "order: expected one of none, act, gar"),
         ({"grids": "stale"}, ValueError, "grids"),
+        ({"correction": "best"}, ValueError, "correction: expected one of none, least_squares, got 'best'"),
+        ({"rules": {"a": {"correction": True}}}, ValueError, r"rules\['a'\].correction: expected one of none"),
         ({"damp": 0}, ValueError, r"damp: expected a share in \(0, 1\]"),
         ({"damp": float("nan")}, ValueError, "damp"),
         ({"symmetric": 1}, TypeError, "symmetric: expected True or False"),

@@ -43,6 +43,9 @@ def quantize(
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Search the clipping of every group; default: up to 4 bits.")
     ] = None,
+    correction: Annotated[
+        str, typer.Option(help="Of the weights for what the layers before have lost: none or least_squares.")
+    ] = "none",
     scale_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     activations: Annotated[str, typer.Option(help="Of the quantized layers at run time: float or int8.")] = "float",
     calibration: Annotated[
@@ -87,6 +90,7 @@ def quantize(
         order=order,
         damp=damp,
         clip=clip,
+        correction=correction,
         scale_dtype=scale_dtype,
         activations=activations,
     )

@@ -3,7 +3,8 @@
 recipe       what becomes of which module            plan      a recipe applied to a model
 calibration  any data as windows of token ids        replay    blocks run one at a time
 hessian      what the solver knows of the inputs     gptq      the solver
-run          the whole of it                         progress  how far it is
+correction   weights for inputs that have moved      progress  how far it is
+run          the whole of it
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TOKENS = 4096  # tokens converted to float32 at a time
+TOKENS_AT_A_TIME = 4096  # converted to float32
 _COLS = 512  # columns of one block of the upper triangle
 
 
@@ -37,7 +37,7 @@ class Hessian:
         if not x.is_floating_point():
             raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
         x = x.detach().reshape(-1, self.cols)
-        for part in x.split(_TOKENS):
+        for part in x.split(TOKENS_AT_A_TIME):
             part = part.to("cpu", torch.float32)
             # H is symmetric: only blocks on and right of the diagonal are computed.
             for i in range(0, self.cols, _COLS):

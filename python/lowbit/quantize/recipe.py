@@ -18,6 +18,7 @@ KINDS = ("linear", "head", "embedding", "other")
 METHODS = ("gptq", "rtn")
 ORDERS = ("none", "act", "gar")
 GRIDS = ("updated", "static")
+CORRECTIONS = ("none", "least_squares")
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 ACTIVATIONS = ("float", "int8")
 
@@ -47,6 +48,7 @@ class ModuleSpec:
     grids: str
     clip: bool
     damp: float
+    correction: str
     activations: str
     method: str
     rule: str | None = None
@@ -84,6 +86,9 @@ class Recipe:
     clip           search the clipping of each group that minimises sum |error|^2.4. None: for widths up to 4 bits; at
                    8 bits it costs time and gains nothing
     damp           share of the Hessian's mean diagonal that is added to its diagonal, in (0, 1]
+    correction     "none", or "least_squares": before a module is solved, its weights are moved to those that come
+                   nearest to the original network's outputs on the inputs that the quantized one has. Runs the
+                   original network beside the quantized one, and needs 4096 tokens or more
     head_bits, embed_bits    width of the output head and of the token embedding (16 leaves them). A table
                    that both share stays one table: give both the same width, or leave one at 16 to follow the
                    other
@@ -107,6 +112,7 @@ class Recipe:
     grids: str = "updated"
     clip: bool | None = None
     damp: float = 0.01
+    correction: str = "none"
     head_bits: int = 16
     embed_bits: int = 16
     rules: Any = field(default_factory=dict)
@@ -305,6 +311,7 @@ def _check(name: str, label: str, value: Any) -> None:
         "scale_dtype": SCALE_DTYPES,
         "order": ORDERS,
         "grids": GRIDS,
+        "correction": CORRECTIONS,
         "activations": ACTIVATIONS,
         "method": METHODS,
     }

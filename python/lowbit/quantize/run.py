@@ -11,6 +11,9 @@ A block's modules form stages in order of execution; modules that read the same 
 gate and up) share one Hessian and one stage. Beside the model, memory holds one block's activations for all
 calibration windows, in the model's dtype, and the Hessians of one stage. Every figure is a function of the
 model, the windows and the recipe.
+
+With a correction the original network runs beside the quantized one, block by block: its activations are held as
+well, and the weights of one block as they were.
 """
 
 from __future__ import annotations
@@ -22,14 +25,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lowbit.matrix import PackedMatrix
-from lowbit.models import find_blocks, find_targets, patch, weight_matrix
+from lowbit.models import find_blocks, find_targets, patch, replace_module, weight_matrix
 from lowbit.quantize.calibration import token_windows
+from lowbit.quantize.correction import LEAST_TOKENS, Drift, LeastSquares
 from lowbit.quantize.gptq import Factor, prepare_factor, solve
 from lowbit.quantize.hessian import Hessian
 from lowbit.quantize.plan import Plan, PlannedModule, make_plan
@@ -47,9 +52,10 @@ class Report:
 
     modules: one dict a packed matrix, in order of packing: name, names (all modules that share it), kind, shape
         [rows, cols], format, group_size, bits_per_weight, method, relative_error and its `error_of`: "output", the
-        root of tr(dW H dWt) / tr(W H Wt), or "weight", |dW| / |W| where there was no calibration; tokens, damp and
-        loss (None without calibration), seconds, fallback (None, or what was done otherwise than asked, and why).
-        A figure that is no finite number is None
+        root of tr(dW H dWt) / tr(W H Wt), W being the corrected weights where there was a correction, or "weight",
+        |dW| / |W| where there was no calibration; tokens, damp and loss (None without calibration), correction (None,
+        or the one made), seconds, fallback (None, or what was done otherwise than asked, and why). A figure that is no
+        finite number is None
     kept: one dict a matrix left as it was: name, names, kind, shape, reason
     unpatched: parameters with two or more dimensions that no module above holds (fused experts): name, shape
     calibration: windows, context and tokens, or None
@@ -145,6 +151,8 @@ class _Run:
     ) -> None:
         self.model, self.recipe, self.report, self.progress = model, recipe, report, progress
         self.left = {m.name: m for m in plan.quantized}
+        # What was packed of blocks that are not done, by name, while the original network runs beside.
+        self.originals: dict[str, nn.Module] | None = None
         self.packed_bytes = 0
         self.batches: tuple[torch.Tensor, ...] = ()
         if windows is not None:
@@ -153,12 +161,15 @@ class _Run:
         self._call, self._options = _forward_call(model)
 
     def everything(self) -> None:
-        self.round_to_nearest([m for m in self.left.values() if m.is_table], None)
         if self.batches:
             self.calibrated()
+        self.tables()
         reason = "calibration reached no token of it"
         self.round_to_nearest([m for m in self.left.values() if m.spec.method == "rtn"], None)
         self.round_to_nearest(list(self.left.values()), reason)
+
+    def tables(self) -> None:
+        self.round_to_nearest([m for m in self.left.values() if m.is_table], None)
 
     def calibrated(self) -> None:
         """Everything that a forward pass of the model reaches."""
@@ -166,28 +177,39 @@ class _Run:
         blocks = find_blocks(self.model) or {"": self.model}
         inside = {name: self._inside(name) for name in blocks}
         planned_inside = {m for names in inside.values() for m in names}
-        outside = [name for name in self.left if name not in planned_inside]
+        outside = [name for name, m in self.left.items() if name not in planned_inside and not m.is_table]
         seen = survey(self.short_forward, blocks, {name: self.model.get_submodule(name) for name in outside})
         outside += [name for block in blocks if block in seen.repeated for name in inside[block]]
 
         order = {name: i for i, name in enumerate(seen.order)}
         first_block = min((order[name] for name in blocks if name in order), default=0)
         before = [n for n in outside if order.get(n, first_block) < first_block]
+        segments = [segment.until(lambda step: bool(inside[step.name])) for segment in seen.segments]
+        segments = [segment for segment in segments if segment.steps]
+        # The original network's inputs are taken before anything of it is packed.
+        batches = len(self.batches)
+        corrected = any(_corrects(m) for m in self.left.values())
+        originals = [Replay(self.short_forward, s, batches) if corrected else None for s in segments]
+        self.tables()
         self.outside_blocks(before)
 
-        segments = [segment.until(lambda step: bool(inside[step.name])) for segment in seen.segments]
         total = sum(len(segment.steps) for segment in segments)
         index = 0
-        for segment in segments:
-            if not segment.steps:
-                continue
-            replay = Replay(self.short_forward, segment, len(self.batches))
+        for segment, original in zip(segments, originals, strict=True):
+            replay = Replay(self.short_forward, segment, batches)
+            self.originals = {} if original else None
             for i, step in enumerate(segment.steps):
                 self.progress.on_block_start(index, total, step.name)
-                self.stages(lambda batch, replay=replay, i=i: replay.run(i, batch), inside[step.name])
+                self.stages(partial(replay.run, i), inside[step.name], original=original and partial(original.run, i))
                 replay.advance(i)
+                if original:
+                    with self._as_they_were():
+                        original.advance(i)
+                    done = _prefix(step.name)
+                    self.originals = {n: m for n, m in self.originals.items() if not n.startswith(done)}
                 self.progress.on_block_end(index, total, step.name)
                 index += 1
+        self.originals = None
         self.outside_blocks([n for n in outside if n in self.left])
 
     def outside_blocks(self, names: list[str]) -> None:
@@ -199,9 +221,10 @@ class _Run:
         forward: Callable[[int], object],
         names: list[str],
         discover: Callable[[int], object] | None = None,
+        original: Callable[[int], object] | None = None,
     ) -> None:
         """Packs some modules stage by stage. forward(batch) reaches them; discover is a cheaper forward pass
-        that shows which of them share an input."""
+        that shows which of them share an input; original(batch) is forward on the original network's inputs."""
         self.round_to_nearest([self.left[n] for n in names if self.left[n].spec.method == "rtn"], None)
         modules = {name: self.model.get_submodule(name) for name in names if name in self.left}
         if not modules:
@@ -210,9 +233,10 @@ class _Run:
         for stage in self._stages(groups) if self.recipe.true_sequential else [groups]:
             # Nothing after the only input that is wanted has to run.
             early = len(stage) == 1 and stage[0][0] not in repeated
-            hessians = self._hessians(forward, stage, modules, early)
+            drifts = self._drifts(stage) if original else {}
+            hessians = self._hessians(forward, stage, modules, early, original, drifts)
             for group in stage:
-                self._solve(group, hessians.pop(group[0]))
+                self._solve(group, hessians.pop(group[0]), drifts.pop(group[0], None))
 
     def round_to_nearest(self, modules: list[PlannedModule], reason: str | None) -> None:
         for planned in modules:
@@ -245,10 +269,13 @@ class _Run:
         wanted."""
         return self._call(self.batches[batch], **self._options)
 
-    def _solve(self, group: list[str], hessian: Hessian) -> None:
+    def _solve(self, group: list[str], hessian: Hessian, drift: Drift | None) -> None:
         """Packs the modules that share a Hessian; those with the same options share its factor too."""
         matrix = hessian.matrix
         factors: dict[tuple, Factor] = {}
+        correct, uncorrected = None, None
+        if any(_corrects(self.left[name]) for name in group):
+            correct, uncorrected = _correction(matrix, hessian.tokens, drift)
         for name in group:
             begin, planned = time.monotonic(), self.left[name]
             spec, group_size = planned.spec, planned.spec.group_size_for(planned.shape[1])
@@ -256,6 +283,9 @@ class _Run:
             if options not in factors:
                 factors[options] = prepare_factor(matrix, damp=spec.damp, order=spec.order, group_size=group_size)
             weight, mended = _finite(weight_matrix(self.model.get_submodule(name)))
+            corrected = correct is not None and _corrects(planned)
+            if corrected:
+                weight = correct(weight)
             solution = solve(
                 weight,
                 matrix,
@@ -276,11 +306,14 @@ class _Run:
                 "damp": solution.damp,
                 "loss": solution.loss,
                 "tokens": hessian.tokens,
-                "fallback": _joined(mended, solution.fallback),
+                "correction": spec.correction if corrected else None,
+                "fallback": _joined(mended, uncorrected if _corrects(planned) else None, solution.fallback),
             }
             self._pack(planned, solution.packed, figures, time.monotonic() - begin)
 
     def _pack(self, planned: PlannedModule, packed: PackedMatrix, figures: dict[str, Any], seconds: float) -> None:
+        if self.originals is not None:
+            self.originals |= {name: self.model.get_submodule(name) for name in planned.names}
         patch(self.model, dict.fromkeys(planned.names, packed), activations=planned.spec.activations)
         del self.left[planned.name]
         self.packed_bytes += packed.nbytes
@@ -298,6 +331,7 @@ class _Run:
             "tokens": 0,
             "damp": None,
             "loss": None,
+            "correction": None,
             "seconds": seconds,
             "fallback": None,
         }
@@ -306,8 +340,7 @@ class _Run:
         self.progress.on_module(self.report.modules[-1])
 
     def _inside(self, block: str) -> list[str]:
-        prefix = f"{block}." if block else ""
-        return [name for name in self.left if name.startswith(prefix)]
+        return [name for name in self.left if name.startswith(_prefix(block))]
 
     def _stages(self, groups: list[list[str]]) -> list[list[list[str]]]:
         """Groups in stages, in order of execution. The same layer of sibling experts is one stage, or a block
@@ -328,26 +361,72 @@ class _Run:
         stage: list[list[str]],
         modules: dict[str, nn.Module],
         stop_early: bool,
+        original: Callable[[int], object] | None,
+        drifts: dict[str, Drift],
     ) -> dict[str, Hessian]:
-        """The Hessian of every group of a stage, by the name of its first module."""
+        """The Hessian of every group of a stage, by the name of its first module; fills the drifts, too."""
         hessians = {group[0]: Hessian(self.left[group[0]].shape[1]) for group in stage}
+        for batch, ids in enumerate(self.batches):
+            before: dict[str, torch.Tensor] = {}
 
-        def add_input(name: str):
-            def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-                x = _input(args, kwargs)
+            def keep(name: str, x: torch.Tensor, before=before) -> None:
+                before[name] = x.clone()  # a model may go on to change its tensors in place
+
+            if drifts:
+                with self._as_they_were():
+                    _each_input(original, batch, {name: modules[name] for name in drifts}, keep, stop_early)
+
+            def add(name: str, x: torch.Tensor, before=before, tokens=ids.numel) -> None:
                 if x.numel():
                     hessians[name].add(x)
-                if stop_early:
-                    stop()
+                # Rows are paired by position, so a module must read all tokens: experts do not.
+                then = before.pop(name, None)
+                if then is not None and then.shape == x.shape and x[..., 0].numel() == tokens():
+                    drifts[name].add(then, x)
 
-            return hook
-
-        with hooks() as add:
-            for name in hessians:
-                add(modules[name].register_forward_pre_hook(add_input(name), with_kwargs=True))
-            for batch in range(len(self.batches)):
-                until_stop(forward, batch)
+            _each_input(forward, batch, {name: modules[name] for name in hessians}, add, stop_early)
         return hessians
+
+    def _drifts(self, stage: list[list[str]]) -> dict[str, Drift]:
+        """An empty drift for every group of a stage with a module to correct."""
+        wanted = [group for group in stage if any(_corrects(self.left[name]) for name in group)]
+        return {group[0]: Drift(self.left[group[0]].shape[1]) for group in wanted}
+
+    @contextmanager
+    def _as_they_were(self) -> Iterator[None]:
+        """For a while, what has been packed of the current block as it was."""
+        originals = self.originals or {}
+        packed = {name: self.model.get_submodule(name) for name in originals}
+        for name, module in originals.items():
+            replace_module(self.model, name, module)
+        try:
+            yield
+        finally:
+            for name, module in packed.items():
+                replace_module(self.model, name, module)
+
+
+def _each_input(
+    forward: Callable[[int], object],
+    batch: int,
+    modules: dict[str, nn.Module],
+    take: Callable[[str, torch.Tensor], object],
+    stop_early: bool,
+) -> None:
+    """Runs one batch and gives take(name, input) each input of some modules; stop_early: of the first call alone."""
+
+    def hook(name: str):
+        def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            take(name, _input(args, kwargs))
+            if stop_early:
+                stop()
+
+        return before
+
+    with hooks() as add:
+        for name, module in modules.items():
+            add(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+        until_stop(forward, batch)
 
 
 def _shared_inputs(
@@ -387,6 +466,27 @@ def _shared_inputs(
         if not missing:
             break
     return groups, repeated
+
+
+def _prefix(block: str) -> str:
+    """What the names of the modules in a block begin with; a model without blocks is the block ""."""
+    return f"{block}." if block else ""
+
+
+def _corrects(planned: PlannedModule) -> bool:
+    return planned.spec is not None and planned.spec.method == "gptq" and planned.spec.correction != "none"
+
+
+def _correction(hessian: torch.Tensor, tokens: int, drift: Drift | None) -> tuple[LeastSquares | None, str | None]:
+    """The correction of modules with this Hessian of so many tokens, or None and why there is none."""
+    if drift is None:
+        return None, "not corrected: outside the blocks"
+    if drift.tokens != tokens:
+        return None, "not corrected: it does not read every token once"
+    if tokens < LEAST_TOKENS:
+        return None, f"not corrected: {tokens} tokens, fewer than {LEAST_TOKENS}"
+    correct = LeastSquares(hessian, drift.matrix)
+    return (correct, None) if correct.lower is not None else (None, "not corrected: inputs are zero or not finite")
 
 
 def _input(args: tuple, kwargs: dict) -> torch.Tensor:
