@@ -25,9 +25,10 @@ def origin(contents: dict) -> str:
     machine, settings = contents["machine"], contents["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in contents["versions"].items())
     probe = contents["probe_gbps"]
+    threads = f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}"
+    bandwidth = f", read bandwidth {probe['start']} GB/s at the start and {probe['end']} at the end" if probe else ""
     text = (
-        f"{machine['cpu']} (family {machine['family']}, model {machine['model']}), {settings['threads']} threads, "
-        f"read bandwidth {probe['start']} GB/s at the start and {probe['end']} at the end; {versions}; "
+        f"{machine['cpu']} (family {machine['family']}, model {machine['model']}), {threads}{bandwidth}; {versions}; "
         f"commit {contents['commit'][:12]}{' with changes' if contents['dirty'] else ''}, {contents['date'][:10]}."
     )
     if contents["not_installed"]:
@@ -129,7 +130,22 @@ def model(contents: dict) -> str:
     return grid(header, lines)
 
 
-TABLES = {"matmul": matmul, "gather": gather, "model": model}
+def quality(contents: dict) -> str:
+    rows, elsewhere = contents["rows"], contents["settings"]["elsewhere"]
+    found = {(r["bits"], r["group_size"], r["variant"]): r for r in rows}
+    variants = list(dict.fromkeys(r["variant"] for r in rows))
+    header = [f"{contents['settings']['model']}: rise of perplexity from {rows[0]['reference_perplexity']:.3f} (KL)"]
+    lines = []
+    for bits, group_size in dict.fromkeys((r["bits"], r["group_size"]) for r in rows):
+        line = [f"{bits} bits, groups of {group_size}"]
+        for variant in variants:
+            row = found.get((bits, group_size, variant))
+            line.append(f"{row['increase_percent']:+.2f}% ({row['kl_divergence']:.5f})" if row else "")
+        lines.append(line + [f"{figures[str(bits)]:+.2f}%" for figures in elsewhere.values()])
+    return grid(header + variants + list(elsewhere), lines)
+
+
+TABLES = {"matmul": matmul, "gather": gather, "model": model, "quality": quality}
 
 
 def markdown(documents: list[dict]) -> str:

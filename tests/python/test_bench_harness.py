@@ -275,6 +275,19 @@ def test_model_table():
     assert cells(lines[3]) == ["lowbit", "failed", "", "", ""]
 
 
+def test_quality_table():
+    row = {"bits": 4, "group_size": 128, "variant": "defaults", "reference_perplexity": 29.2537}
+    row |= {"increase_percent": 0.4, "kl_divergence": 0.0045}
+    rounded = row | {"variant": "round to nearest", "increase_percent": -0.004, "kl_divergence": 0.013}
+    other = rounded | {"bits": 2, "group_size": 64}
+    contents = document("quality", [rounded, row, other], model="tiny", elsewhere={"peer": {"4": 0.28, "2": 21}})
+    lines = table.quality(contents).splitlines()
+    assert cells(lines[0]) == ["tiny: rise of perplexity from 29.254 (KL)", "round to nearest", "defaults", "peer"]
+    assert cells(lines[2]) == ["4 bits, groups of 128", "-0.00% (0.01300)", "+0.40% (0.00450)", "+0.28%"]
+    assert cells(lines[3]) == ["2 bits, groups of 64", "-0.00% (0.01300)", "", "+21.00%"]
+    assert "bandwidth" not in table.origin(contents | {"probe_gbps": {}})
+
+
 def test_markdown_tells_the_origin_and_what_was_not_measured():
     text = table.markdown([document("matmul", [matmul_row("lowbit int4", 300)])])
     assert "30.0 GB/s at the start" in text

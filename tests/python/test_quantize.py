@@ -197,11 +197,21 @@ def test_too_few_tokens_are_not_fitted():
     assert all(torch.equal(t, packed["none"][name]) for name, t in packed["least_squares"].items())
 
 
+def test_it_is_made_up_to_4_bits_where_it_can_be_unless_told():
+    recipe = Recipe(group_size=32, rules=["q_proj=8"])
+    for windows, made in ((128, "least_squares"), (127, "none: 4064 tokens, fewer than 4096")):
+        report = lowbit.quantize(build("llama"), token_ids(windows), recipe)
+        corrections = {row["name"].split(".")[-1]: row["correction"] for row in report.modules}
+        assert corrections.pop("q_proj") is None and set(corrections.values()) == {made}
+        assert not any(row["fallback"] for row in report.modules)
+
+
 def test_a_rule_corrects_one_module_and_the_head_says_why_not():
-    recipe = Recipe(group_size=32, head_bits=4, rules=[("lm_head|.*down_proj", {"correction": "least_squares"})])
+    rules = [("lm_head|.*down_proj", {"correction": "least_squares"})]
+    recipe = Recipe(group_size=32, head_bits=4, correction="none", rules=rules)
     report = lowbit.quantize(build("llama"), token_ids(128), recipe)
-    corrected = {row["name"].split(".")[-1] for row in report.modules if row["correction"]}
-    assert corrected == {"down_proj"}
+    corrections = {row["name"].split(".")[-1]: row["correction"] for row in report.modules if row["correction"]}
+    assert corrections == {"down_proj": "least_squares", "lm_head": "none: outside the blocks"}
     fallbacks = {row["name"]: row["fallback"] for row in report.modules if row["fallback"]}
     assert fallbacks == {"lm_head": "not corrected: outside the blocks"}
 
@@ -355,7 +365,7 @@ def test_experts_that_saw_no_token_are_rounded_with_the_reason():
 def test_experts_are_not_corrected():
     """Which tokens an expert reads is decided by what has moved, so its inputs cannot be paired."""
     torch.manual_seed(0)
-    report = lowbit.quantize(MixtureOfExperts(), token_ids(160) % 50, Recipe(**LEAST_SQUARES))
+    report = lowbit.quantize(MixtureOfExperts(), token_ids(320) % 50, Recipe(**LEAST_SQUARES))
     reasons = {row["fallback"] for row in report.modules if row["method"] == "gptq"}
     assert reasons == {"not corrected: it does not read every token once"}
 

@@ -44,8 +44,12 @@ def quantize(
         bool | None, typer.Option("--clip/--no-clip", help="Search the clipping of every group; default: up to 4 bits.")
     ] = None,
     correction: Annotated[
-        str, typer.Option(help="Of the weights for what the layers before have lost: none or least_squares.")
-    ] = "none",
+        str | None,
+        typer.Option(
+            help="Of the weights for what the layers before have lost: none or least_squares; default: least_squares "
+            "up to 4 bits, if there are 4096 tokens.",
+        ),
+    ] = None,
     scale_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
     activations: Annotated[str, typer.Option(help="Of the quantized layers at run time: float or int8.")] = "float",
     calibration: Annotated[

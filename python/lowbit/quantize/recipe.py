@@ -37,7 +37,8 @@ _SYNONYMS = {
 class ModuleSpec:
     """How one module is quantized: the recipe's defaults with the matching rule applied.
 
-    `rule` is the pattern that decided, or None when the defaults did.
+    `correction` is None where it is made if calibration allows it, without a reason being owed if not. `rule` is the
+    pattern that decided, or None when the defaults did.
     """
 
     bits: int
@@ -48,7 +49,7 @@ class ModuleSpec:
     grids: str
     clip: bool
     damp: float
-    correction: str
+    correction: str | None
     activations: str
     method: str
     rule: str | None = None
@@ -87,8 +88,9 @@ class Recipe:
                    8 bits it costs time and gains nothing
     damp           share of the Hessian's mean diagonal that is added to its diagonal, in (0, 1]
     correction     "none", or "least_squares": before a module is solved, its weights are moved to those that come
-                   nearest to the original network's outputs on the inputs that the quantized one has. Runs the
-                   original network beside the quantized one, and needs 4096 tokens or more
+                   nearest to the original network's outputs on the inputs that the quantized one has. It takes 4096
+                   tokens or more, and a second network to run: the original. None: for widths up to 4 bits, where
+                   there are as many tokens
     head_bits, embed_bits    width of the output head and of the token embedding (16 leaves them). A table
                    that both share stays one table: give both the same width, or leave one at 16 to follow the
                    other
@@ -112,7 +114,7 @@ class Recipe:
     grids: str = "updated"
     clip: bool | None = None
     damp: float = 0.01
-    correction: str = "none"
+    correction: str | None = None
     head_bits: int = 16
     embed_bits: int = 16
     rules: Any = field(default_factory=dict)
@@ -146,6 +148,8 @@ class Recipe:
             spec = replace(spec, **change, rule=pattern)
         if spec.clip is None:
             spec = replace(spec, clip=spec.bits <= 4)
+        if spec.correction is None and spec.bits > 4:
+            spec = replace(spec, correction="none")
         return spec if spec.bits != 16 else None
 
     def rule_for(self, name: str) -> tuple[str | None, dict[str, Any] | str | None]:
@@ -315,6 +319,8 @@ def _check(name: str, label: str, value: Any) -> None:
         "activations": ACTIVATIONS,
         "method": METHODS,
     }
+    if name == "correction" and value is None:
+        return
     if name in choices:
         if value not in choices[name]:
             raise ValueError(f"{label}: expected one of {', '.join(choices[name])}, got {value!r}")

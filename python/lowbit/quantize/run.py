@@ -53,9 +53,9 @@ class Report:
     modules: one dict a packed matrix, in order of packing: name, names (all modules that share it), kind, shape
         [rows, cols], format, group_size, bits_per_weight, method, relative_error and its `error_of`: "output", the
         root of tr(dW H dWt) / tr(W H Wt), W being the corrected weights where there was a correction, or "weight",
-        |dW| / |W| where there was no calibration; tokens, damp and loss (None without calibration), correction (None,
-        or the one made), seconds, fallback (None, or what was done otherwise than asked, and why). A figure that is no
-        finite number is None
+        |dW| / |W| where there was no calibration; tokens, damp and loss (None without calibration), correction (the one
+        made, or "none: " and the reason, or None when none was wanted), seconds, fallback (None, or what was done
+        otherwise than asked, and why). A figure that is no finite number is None
     kept: one dict a matrix left as it was: name, names, kind, shape, reason
     unpatched: parameters with two or more dimensions that no module above holds (fused experts): name, shape
     calibration: windows, context and tokens, or None
@@ -188,7 +188,9 @@ class _Run:
         segments = [segment for segment in segments if segment.steps]
         # The original network's inputs are taken before anything of it is packed.
         batches = len(self.batches)
-        corrected = any(_corrects(m) for m in self.left.values())
+        corrected = (
+            any(_corrects(m) for m in self.left.values()) and sum(map(torch.numel, self.batches)) >= LEAST_TOKENS
+        )
         originals = [Replay(self.short_forward, s, batches) if corrected else None for s in segments]
         self.tables()
         self.outside_blocks(before)
@@ -273,9 +275,8 @@ class _Run:
         """Packs the modules that share a Hessian; those with the same options share its factor too."""
         matrix = hessian.matrix
         factors: dict[tuple, Factor] = {}
-        correct, uncorrected = None, None
-        if any(_corrects(self.left[name]) for name in group):
-            correct, uncorrected = _correction(matrix, hessian.tokens, drift)
+        wanted = [name for name in group if _corrects(self.left[name])]
+        correct, obstacle = _correction(matrix, hessian.tokens, drift) if wanted else (None, None)
         for name in group:
             begin, planned = time.monotonic(), self.left[name]
             spec, group_size = planned.spec, planned.spec.group_size_for(planned.shape[1])
@@ -283,9 +284,12 @@ class _Run:
             if options not in factors:
                 factors[options] = prepare_factor(matrix, damp=spec.damp, order=spec.order, group_size=group_size)
             weight, mended = _finite(weight_matrix(self.model.get_submodule(name)))
-            corrected = correct is not None and _corrects(planned)
-            if corrected:
-                weight = correct(weight)
+            correction = uncorrected = None
+            if name in wanted and correct is not None:
+                weight, correction = correct(weight), "least_squares"
+            elif name in wanted:
+                correction = f"none: {obstacle}"
+                uncorrected = f"not corrected: {obstacle}" if spec.correction is not None else None
             solution = solve(
                 weight,
                 matrix,
@@ -306,8 +310,8 @@ class _Run:
                 "damp": solution.damp,
                 "loss": solution.loss,
                 "tokens": hessian.tokens,
-                "correction": spec.correction if corrected else None,
-                "fallback": _joined(mended, uncorrected if _corrects(planned) else None, solution.fallback),
+                "correction": correction,
+                "fallback": _joined(mended, uncorrected, solution.fallback),
             }
             self._pack(planned, solution.packed, figures, time.monotonic() - begin)
 
@@ -479,14 +483,14 @@ def _corrects(planned: PlannedModule) -> bool:
 
 def _correction(hessian: torch.Tensor, tokens: int, drift: Drift | None) -> tuple[LeastSquares | None, str | None]:
     """The correction of modules with this Hessian of so many tokens, or None and why there is none."""
-    if drift is None:
-        return None, "not corrected: outside the blocks"
-    if drift.tokens != tokens:
-        return None, "not corrected: it does not read every token once"
     if tokens < LEAST_TOKENS:
-        return None, f"not corrected: {tokens} tokens, fewer than {LEAST_TOKENS}"
+        return None, f"{tokens} tokens, fewer than {LEAST_TOKENS}"
+    if drift is None:
+        return None, "outside the blocks"
+    if drift.tokens != tokens:
+        return None, "it does not read every token once"
     correct = LeastSquares(hessian, drift.matrix)
-    return (correct, None) if correct.lower is not None else (None, "not corrected: inputs are zero or not finite")
+    return (correct, None) if correct.lower is not None else (None, "its inputs are zero or not finite")
 
 
 def _input(args: tuple, kwargs: dict) -> torch.Tensor:
