@@ -1,12 +1,14 @@
 """What quantizing costs in quality: perplexity and KL divergence of a small real model before and after.
 
-    python bench/quality.py             the defaults of Recipe beside round to nearest, at four sizes
+    python bench/quality.py             the defaults of Recipe beside rounding and solving without correction
     python bench/quality.py --sweep     and each option of the solver changed alone
+    python bench/quality.py --texts 3   and calibrated on two more texts: how much of a difference is chance
 
 Model: tests/data/tiny-llama-code (Llama, 4 blocks, width 256, bf16; the head is tied to the embedding, and both stay
 in bf16). Measured on the standard-library modules that its training left out (training.json), joined in that order, in
-windows of 256 tokens; calibrated on 70,000 characters of other modules (lowbit.sample_text), in windows of
-256. Nothing is drawn at random, so the same libraries on the same interpreter give the same figures.
+windows of 256 tokens; calibrated on 70,000 characters of other modules (lowbit.sample_text), in windows of 256; the
+other texts are the characters that follow in those. Nothing is drawn at random, so the same libraries on the same
+interpreter give the same figures.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ import lowbit
 from lowbit.evaluate import evaluate
 from lowbit.sample_text import calibration_text
 
+CHARACTERS = 70_000
 MODEL = Path(__file__).parents[1] / "tests" / "data" / "tiny-llama-code"
 CONTEXT = 256
 SIZES = ((8, 32), (4, 128), (3, 128), (2, 64))  # bits, group size
 VARIANTS = {
     "round to nearest": {"method": "rtn", "clip": False},
     "rounded and clipped": {"method": "rtn", "clip": True},
+    "uncorrected": {"correction": "none"},
     "defaults": {},
 }
 # Rise of perplexity in percent at the same sizes, on the same model, texts and windows, by bits: not measured by this
@@ -42,7 +46,7 @@ CHANGES = {
     "symmetric": (True, False),
     "clip": (False, True),
     "damp": (0.01, 0.03, 0.1),
-    "correction": ("none", "least_squares"),
+    "correction": ("least_squares",),
     "grids": ("updated", "static"),
     "true_sequential": (True, False),
     "scale_dtype": ("float16", "bfloat16", "float32"),
@@ -62,8 +66,14 @@ def variants(sweep: bool) -> dict[str, dict]:
     return {**VARIANTS, **changes}
 
 
-def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]]) -> list[dict]:
-    """One row a size and variant; each is printed to standard error when it is known."""
+def calibration(number: int) -> list[str]:
+    """The default calibration text (number 0), or as many characters of the same modules that follow number - 1."""
+    before = calibration_text(number * CHARACTERS)
+    return [text[len(head) :] for text, head in zip(calibration_text((number + 1) * CHARACTERS), before, strict=True)]
+
+
+def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]], texts: int = 1) -> list[dict]:
+    """One row a size, variant and calibration text; each is printed to standard error when it is known."""
     library = Path(sysconfig.get_paths()["stdlib"])
     held_out = json.loads((folder / "training.json").read_text())["held_out_files"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -73,10 +83,10 @@ def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]])
 
     rows = []
     for bits, group_size in sizes:
-        for variant, change in chosen.items():
+        for variant, change, number in expand(chosen, texts):
             model = transformers.AutoModelForCausalLM.from_pretrained(folder)
             recipe = lowbit.Recipe(bits=bits, group_size=group_size, **change)
-            report = lowbit.quantize(model, calibration_text(), recipe, tokenizer=tokenizer, context=CONTEXT)
+            report = lowbit.quantize(model, calibration(number), recipe, tokenizer=tokenizer, context=CONTEXT)
             result = evaluate(model, ids, reference=reference, context=CONTEXT)
             weights = sum(row["shape"][0] * row["shape"][1] for row in report.modules)
             packed = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in report.modules)
@@ -101,8 +111,17 @@ def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]])
     return rows
 
 
+def expand(chosen: dict[str, dict], texts: int) -> list[tuple[str, dict, int]]:
+    """(name, change, number of the calibration text); rounding needs no text, so it is measured once."""
+    return [
+        (f"{name}, text {number + 1}" if number else name, change, number)
+        for name, change in chosen.items()
+        for number in range(1 if change.get("method") == "rtn" else texts)
+    ]
+
+
 def table(rows: list[dict]) -> str:
-    widths = (4, 5, 24, 11, 10, 9, 8, 6)
+    widths = (4, 5, 31, 11, 10, 9, 8, 6)
 
     def line(*cells: object) -> str:
         return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
@@ -119,6 +138,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sweep", action="store_true", help="every option of the solver changed alone, too")
+    parser.add_argument("--texts", type=int, default=1, help="calibrate on so many texts, one after the other")
     parser.add_argument("--bits", type=int, nargs="*", help="only these widths")
     parser.add_argument("--json", nargs="?", const="", help="write a result file, by default under bench/results")
     arguments = parser.parse_args()
@@ -126,7 +146,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
 
     sizes = [size for size in SIZES if not arguments.bits or size[0] in arguments.bits]
-    rows = measure(MODEL, variants(arguments.sweep), sizes)
+    rows = measure(MODEL, variants(arguments.sweep), sizes, arguments.texts)
     print(table(rows))
     if arguments.json is not None:
         versions = {"python": sys.version.split()[0], "torch": torch.__version__}

@@ -1,6 +1,6 @@
-"""Everything that the README states: python bench/run.py [--python PEERS], under 15 minutes on two cores.
+"""Everything that the README states: python bench/run.py [--python PEERS], about 20 minutes on two cores.
 
-Runs matmul, gather and model one after the other (each with its peers in the same run), writes
+Runs matmul, gather, model and quality one after the other (the first three with their peers in the same run), writes
 results/<machine>/*.json and, with --write, the README's tables from them.
 """
 
@@ -13,7 +13,7 @@ import sys
 
 import harness
 
-BENCHES = ("matmul", "gather", "model")
+BENCHES = ("matmul", "gather", "model", "quality")
 
 
 def main() -> None:
@@ -30,8 +30,9 @@ def main() -> None:
     results = []
     for bench in options.only:
         output = harness.RESULTS / harness.machine_name(harness.machine()) / f"{bench}.json"
-        command = [sys.executable, str(folder / f"{bench}.py"), "--output", str(output)]
-        command += ["--python", options.python] if bench != "model" else []
+        written = ["--json" if bench == "quality" else "--output", str(output)]
+        command = [sys.executable, str(folder / f"{bench}.py"), *written]
+        command += ["--python", options.python] if bench in ("matmul", "gather") else []
         subprocess.run(command, check=True, env=environment)
         results.append(str(output))
     table = [sys.executable, str(folder / "table.py"), *results]
