@@ -29,7 +29,7 @@ def test_this_machine():
     assert facts["cpu"]["available"] == len(os.sched_getaffinity(0))
     names = {row["name"] for row in native["table"]}
     for verb in ("matmul", "gather"):
-        assert set(native["kernels"][verb]) == {"int2", "int3", "int4", "int8"}
+        assert set(native["kernels"][verb]) == {"int2", "int3", "int4", "int8", "trit"}
     assert {kernel for chosen in native["kernels"].values() for kernel in chosen.values()} <= names
     json.dumps(facts)
 

@@ -304,7 +304,7 @@ def with_value(tensor, where, value):
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        (dict(format=5), ValueError, "format: expected int2, int3, int4 or int8, got 5"),
+        (dict(format=5), ValueError, "format: expected int2, int3, int4, int8 or trit, got 5"),
         (dict(rows=0), ValueError, "rows: expected 1 to .*, got 0"),
         (dict(cols=-3), ValueError, "cols: expected 1 to .*, got -3"),
         (dict(group_size=24), ValueError, r"group_size: expected a multiple of 16, cols \(32\) or -1, got 24"),

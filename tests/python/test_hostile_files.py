@@ -154,7 +154,7 @@ BROKEN_CONFIGS = {
     "an unknown field": (entry_with(rotation="hadamard"), r"up_proj: expected fields among .*, got \['rotation'\]"),
     "an unknown format": (
         entry_with(format="int5"),
-        "up_proj: format: expected one of int2, int3, int4, int8, got 'int5'",
+        "up_proj: format: expected one of int2, int3, int4, int8, trit, got 'int5'",
     ),
     "a format of a list": (entry_with(format=["int4"]), "up_proj: format: expected one of"),
     "no columns": (entry_with(cols=0), "up_proj: cols: expected a positive integer, got 0"),

@@ -107,9 +107,10 @@ def test_from_dict_takes_the_names_of_gptq_checkpoints():
 @pytest.mark.parametrize(
     ("values", "error", "message"),
     [
-        ({"bits": 5}, ValueError, "bits: expected one of 2, 3, 4, 8, 16, got 5"),
-        ({"bits": "4"}, TypeError, "bits: expected an integer"),
-        ({"bits": True}, TypeError, "bits: expected an integer"),
+        ({"bits": 5}, ValueError, "bits: expected one of trit, 2, 3, 4, 8, 16, got 5"),
+        ({"bits": "4"}, ValueError, "bits: expected one of trit"),
+        ({"bits": None}, TypeError, "bits: expected a number of bits"),
+        ({"bits": True}, TypeError, "bits: expected a number of bits"),
         ({"head_bits": 7}, ValueError, "head_bits"),
         ({"embed_bits": 1}, ValueError, "embed_bits"),
         ({"group_size": 40}, ValueError, "group_size: expected a multiple of 16 or -1, got 40"),
@@ -128,7 +129,7 @@ def test_from_dict_takes_the_names_of_gptq_checkpoints():
         ({"rules": {"(": 8}}, ValueError, "is not a regular expression"),
         ({"rules": {"a": {"width": 8}}}, ValueError, "unknown field 'width'"),
         ({"rules": {"a": {"bits": 6}}}, ValueError, r"rules\['a'\].bits"),
-        ({"rules": {"a": {"format": "trit"}}}, ValueError, "format: expected int2"),
+        ({"rules": {"a": {"format": "int5"}}}, ValueError, "format: expected trit, int2"),
         ({"rules": {"a": {"bits": 4, "format": "int8"}}}, ValueError, "format"),
         ({"rules": {"a": None}}, TypeError, "expected a width, 'skip' or a mapping"),
         ({"rules": [("a", 8), ("a", 4)]}, ValueError, "given twice"),
@@ -164,3 +165,21 @@ def test_clipping_is_searched_where_it_helps_unless_told():
     assert Recipe(bits=3, clip=False).for_module("x").clip is False
     with pytest.raises(TypeError, match="clip: expected True or False"):
         Recipe(clip=1)
+
+
+def test_ternary_widths():
+    for bits in ("trit", 1.6):
+        spec = Recipe(bits=bits, symmetric=False).for_module("layers.0.up_proj")
+        assert (spec.bits, spec.format, spec.symmetric, spec.clip) == (1.6, "trit", True, True)
+    assert Recipe(bits="trit", method="rtn").for_module("layers.0.up_proj").clip is False
+    spec = Recipe(bits="trit", method="rtn", group_size=-1, per_tensor=True).for_module("layers.0.up_proj")
+    assert (spec.per_tensor, spec.scale_dtype) == (True, "float32")
+    recipe = Recipe(rules=["up_proj=trit:g64", "down_proj=trit:tensor:rtn", "gate_proj=8"])
+    assert recipe.for_module("layers.0.up_proj").group_size == 64
+    assert recipe.for_module("layers.0.down_proj").per_tensor
+    assert recipe.for_module("layers.0.gate_proj").format == "int8"
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    with pytest.raises(ValueError, match="x: per_tensor: expected group_size -1, method rtn"):
+        Recipe(bits="trit", per_tensor=True).for_module("x")
+    with pytest.raises(ValueError, match="x: method: expected gptq or rtn at 4 bits, got exact"):
+        Recipe(bits=4, method="exact").for_module("x")

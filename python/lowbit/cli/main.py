@@ -146,7 +146,7 @@ def _describe(error: Exception) -> str:
 def _app():
     import typer
 
-    from lowbit.cli import bench, doctor, evaluate, generate, inspect, quantize
+    from lowbit.cli import bench, doctor, evaluate, generate, inspect, quantize, ternarize
     from lowbit.cli.terminal import DebugOption
 
     app = typer.Typer(
@@ -175,6 +175,7 @@ def _app():
                 raise ValueError(f"{option}: expected alone, without other arguments")
 
     app.command("quantize")(quantize.quantize)
+    app.command("ternarize")(ternarize.ternarize)
     app.command("inspect")(inspect.inspect)
     app.command("eval")(evaluate.evaluate)
     app.command("generate")(generate.generate)

@@ -11,9 +11,41 @@ from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, 
 
 if TYPE_CHECKING:
     from lowbit.cli.terminal import Progress
-    from lowbit.quantize import Plan, Report
+    from lowbit.quantize import Plan, Recipe, Report
 
-FORMATS = ("lowbit", "gptq", "gptq_v2")
+FORMATS = ("lowbit", "gptq", "gptq_v2", "bitnet", "bitnet_auto")
+
+# The options that quantize and ternarize share.
+HeadBitsOption = Annotated[str, typer.Option(help="Bits of the output head, or trit; 16 leaves it.")]
+EmbedBitsOption = Annotated[str, typer.Option(help="Bits of the token embedding, or trit; 16 leaves it.")]
+RuleOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="PATTERN=CHANGE, for modules whose name matches: 'embed_tokens=8', 'down_proj=8:g64', "
+        "'lm_head=skip'. Repeatable; the first match decides."
+    ),
+]
+CorrectionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weights for what the layers before have lost: none or least_squares; default: least_squares "
+        "up to 4 bits, if there are 4096 tokens.",
+    ),
+]
+ActivationsOption = Annotated[str, typer.Option(help="Of the quantized layers at run time: float or int8.")]
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Text file or folder of texts; repeatable. Default: source text of Python's library."),
+]
+ContextOption = Annotated[int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")]
+SamplesOption = Annotated[int, typer.Option(min=0, help="Calibrate on so many windows; 0: the whole text.")]
+FormatOption = Annotated[
+    str,
+    typer.Option(help="lowbit; gptq or gptq_v2 for other tools; bitnet or bitnet_auto for ternary in Transformers."),
+]
+TextOption = Annotated[list[str] | None, typer.Option(help="Evaluate on this UTF-8 text file afterwards; repeatable.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
+ReportOption = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html and report.json to OUT.")]
 
 
 def quantize(
@@ -21,51 +53,34 @@ def quantize(
         str, typer.Argument(help="Folder of the model, or its name on the Hugging Face hub.", metavar="MODEL")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.", metavar="OUT")],
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8; 16 leaves the linear layers as they are.")] = 4,
+    bits: Annotated[
+        str, typer.Option(help="2, 3, 4, 8 or trit (ternary); 16 leaves the linear layers as they are.")
+    ] = "4",
     group_size: Annotated[
         int, typer.Option(help="Columns that share a scale, a multiple of 16; -1: a whole row.")
     ] = 128,
     symmetric: Annotated[
         bool, typer.Option("--symmetric/--asymmetric", help="Without or with stored zero points.")
     ] = True,
-    head_bits: Annotated[int, typer.Option(help="Bits of the output head; 16 leaves it.")] = 16,
-    embed_bits: Annotated[int, typer.Option(help="Bits of the token embedding; 16 leaves it.")] = 16,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="PATTERN=CHANGE, for modules whose name matches: 'embed_tokens=8', 'down_proj=8:g64', "
-            "'lm_head=skip'. Repeatable; the first match decides."
-        ),
-    ] = None,
+    head_bits: HeadBitsOption = "16",
+    embed_bits: EmbedBitsOption = "16",
+    rule: RuleOption = None,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration.")] = "gptq",
     order: Annotated[str, typer.Option(help="Column order of the solver: none, act or gar.")] = "gar",
     damp: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.01,
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Search the clipping of every group; default: up to 4 bits.")
     ] = None,
-    correction: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the weights for what the layers before have lost: none or least_squares; default: least_squares "
-            "up to 4 bits, if there are 4096 tokens.",
-        ),
-    ] = None,
+    correction: CorrectionOption = None,
     scale_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
-    activations: Annotated[str, typer.Option(help="Of the quantized layers at run time: float or int8.")] = "float",
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="Text file or folder of texts; repeatable. Default: source text of Python's library."),
-    ] = None,
-    context: Annotated[int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")] = 0,
-    samples: Annotated[int, typer.Option(min=0, help="Calibrate on so many windows; 0: the whole text.")] = 0,
-    format: Annotated[str, typer.Option(help="lowbit; or gptq or gptq_v2, for other tools.")] = "lowbit",
-    text: Annotated[
-        list[str] | None, typer.Option(help="Evaluate on this UTF-8 text file afterwards; repeatable.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
-    report: Annotated[
-        bool, typer.Option("--report/--no-report", help="Write report.html and report.json to OUT.")
-    ] = True,
+    activations: ActivationsOption = "float",
+    calibration: CalibrationOption = None,
+    context: ContextOption = 0,
+    samples: SamplesOption = 0,
+    format: FormatOption = "lowbit",
+    text: TextOption = None,
+    force: ForceOption = False,
+    report: ReportOption = True,
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
@@ -73,22 +88,16 @@ def quantize(
 ) -> None:
     """Quantize a model with GPTQ and write it, with a report."""
     terminal = Terminal(json)
-    _check_output(output, model, force)
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    check_output(output, model, force, format)
 
     import lowbit
-    from lowbit import doctor
-    from lowbit.cli import torch_options
-    from lowbit.evaluate import read_texts
 
-    folder = torch_options.model_folder(model)
     recipe = lowbit.Recipe(
-        bits=bits,
+        bits=width(bits),
         group_size=group_size,
         symmetric=symmetric,
-        head_bits=head_bits,
-        embed_bits=embed_bits,
+        head_bits=width(head_bits),
+        embed_bits=width(embed_bits),
         rules=rule or {},
         method=method,
         order=order,
@@ -98,7 +107,50 @@ def quantize(
         scale_dtype=scale_dtype,
         activations=activations,
     )
-    data, source = _calibration(calibration) if recipe.needs_calibration else (None, "none (round to nearest)")
+    run(
+        terminal,
+        model,
+        output,
+        recipe,
+        calibration=calibration,
+        context=context,
+        samples=samples,
+        format=format,
+        text=text,
+        report=report,
+        dtype=dtype,
+        threads=threads,
+    )
+
+
+def width(bits: str) -> int | str:
+    """An option's width as a recipe takes it."""
+    return int(bits) if bits.isdigit() else bits
+
+
+def run(
+    terminal: Terminal,
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    *,
+    calibration: list[str] | None,
+    context: int,
+    samples: int,
+    format: str,
+    text: list[str] | None,
+    report: bool,
+    dtype: str,
+    threads: int,
+) -> None:
+    """What quantize and ternarize do with a recipe: load, quantize, save, evaluate, report."""
+    import lowbit
+    from lowbit import doctor
+    from lowbit.cli import torch_options
+    from lowbit.evaluate import read_texts
+
+    folder = torch_options.model_folder(model)
+    data, source = _calibration(calibration) if recipe.needs_calibration else (None, "none (rounded to nearest)")
     texts = read_texts(text) if text else []
     torch_options.set_threads(threads)
     terminal.line("doctor", doctor.summary(doctor.examine()))
@@ -127,11 +179,14 @@ def quantize(
 
         page, _ = write_report(written, output)
     terminal.line("done", _summary(written, page), style="bold green")
-    if json:
+    if terminal.json:
         terminal.emit({**written, "report": str(page) if page else None})
 
 
-def _check_output(output: Path, model: str, force: bool) -> None:
+def check_output(output: Path, model: str, force: bool, format: str) -> None:
+    """Raises before any work for a folder that must not be written, or an unknown file format."""
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"{output}: expected a folder, got a file")
     if output.is_dir() and Path(model).is_dir() and output.samefile(model):
@@ -213,6 +268,19 @@ def _summary(report: dict[str, Any], page: Path | None) -> str:
     return " · ".join(parts)
 
 
+def _check_plan(plan: Plan, format: str) -> None:
+    """Raises, before any work, where a format of others cannot hold what is planned."""
+    bitnet = format.startswith("bitnet")
+    for module in plan.quantized:
+        if module.is_table:
+            raise ValueError(f"{module.name}: format {format} holds linear layers only: leave it at 16 bits")
+        if (module.spec.format == "trit") != bitnet:
+            held = "ternary matrices" if bitnet else "integer codes"
+            raise ValueError(f"{module.name}: format {format} holds {held} only, got {module.spec.format}")
+        if bitnet and not module.spec.per_tensor:
+            raise ValueError(f"{module.name}: format {format} holds one scale a matrix (absmean), got one a group")
+
+
 class _Shown:
     """Told by lowbit.quantize what happens (the methods of lowbit.quantize.Progress); prints it."""
 
@@ -223,11 +291,7 @@ class _Shown:
         from lowbit.report import human_bytes, split_names
 
         if self._format != "lowbit":
-            for module in plan.quantized:
-                if module.is_table:
-                    raise ValueError(
-                        f"{module.name}: format {self._format} holds linear layers only: leave it at 16 bits"
-                    )
+            _check_plan(plan, self._format)
         self._terminal.line(
             "plan",
             f"{len(plan.quantized)} of {len(plan.modules)} matrices · {human_bytes(plan.parameter_bytes)} → "
@@ -251,7 +315,7 @@ class _Shown:
         from lowbit.report import human_figure
 
         layer, rest = self._split[row["name"]]
-        note = row["fallback"] or ("rounded to nearest" if row["method"] == "rtn" else "")
+        note = row["fallback"] or {"rtn": "rounded to nearest", "exact": "ternary already"}.get(row["method"], "")
         self._table.row(
             (
                 "" if layer is None else str(layer),

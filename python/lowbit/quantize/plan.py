@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lowbit import _C
-from lowbit.abi import LINE_BYTES
+from lowbit.abi import FORMATS, LINE_BYTES
 from lowbit.models import Target, find_targets, weight_matrix
 from lowbit.quantize.recipe import ModuleSpec, Recipe, rule_regex
+from lowbit.quantize.ternary import ternary_state
 
 # Below this many rows or columns a matrix (a router, a gate, a classifier) saves next to nothing, is
 # sensitive, and fits no GPTQ checkpoint, whose words hold 32 codes. Only a rule quantizes it.
@@ -85,13 +86,13 @@ def packed_bytes(shape: tuple[int, int], spec: ModuleSpec) -> int:
     """Bytes of the packed matrix [rows, cols] that a specification gives: lines, scales, zeros,
     permutation."""
     rows, cols = shape
-    groups = -(-cols // spec.group_size_for(cols))
+    lines = LINE_BYTES * _C.row_lines(FORMATS[spec.format], cols)
     scale = getattr(torch, spec.scale_dtype).itemsize
+    if spec.per_tensor:
+        return rows * lines + scale
+    groups = -(-cols // spec.group_size_for(cols))
     permuted = spec.method == "gptq" and spec.order == "act" and spec.grids == "updated"
-    return (
-        rows * (LINE_BYTES * _C.row_lines(spec.bits, cols) + groups * (scale + (not spec.symmetric)))
-        + 4 * cols * permuted
-    )
+    return rows * (lines + groups * (scale + (not spec.symmetric))) + 4 * cols * permuted
 
 
 def _planned(target: Target, recipe: Recipe) -> PlannedModule:
@@ -103,7 +104,13 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
     if spec is not None and target.is_table:
         # Rows moved by the errors of a head's Hessian would no longer be the embeddings that the blocks
         # expect.
-        spec = replace(spec, method="rtn")
+        spec = replace(spec, method="rtn") if spec.method == "gptq" else spec
+    if spec is not None and spec.format == "trit":
+        state = ternary_state(weight_matrix(target.module))
+        if state.is_ternary:
+            spec = replace(spec, method="exact", per_tensor=True, group_size=-1, clip=False, scale_dtype="float32")
+        elif spec.method == "exact":
+            spec, reason = None, f"not ternary: {state}"
     return PlannedModule(
         names=target.names,
         kind=target.kind,
@@ -126,7 +133,9 @@ def _resolve(target: Target, recipe: Recipe) -> tuple[ModuleSpec | None, str | N
     for specs in (by_rule, by_default):
         distinct = {replace(s, rule=None) for s in specs if s is not None}
         if len(distinct) > 1 or (specs is by_rule and distinct and None in specs):
-            wanted = ", ".join("16 bits" if s is None else f"{s.bits} bits" for s in specs)
+            wanted = ", ".join(
+                "16 bits" if s is None else "trit" if s.format == "trit" else f"{s.bits} bits" for s in specs
+            )
             raise ValueError(
                 f"{' and '.join(target.names)} share one weight: expected one way to store it, got {wanted}"
             )

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-BITS = (2, 3, 4, 8, 16)
+TRIT_BITS = 1.6  # five trits in a byte
+BITS = (TRIT_BITS, 2, 3, 4, 8, 16)
 KINDS = ("linear", "head", "embedding", "other")
-METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "rtn", "exact")
 ORDERS = ("none", "act", "gar")
 GRIDS = ("updated", "static")
 CORRECTIONS = ("none", "least_squares")
@@ -41,8 +42,9 @@ class ModuleSpec:
     pattern that decided, or None when the defaults did.
     """
 
-    bits: int
+    bits: int | float
     group_size: int
+    per_tensor: bool
     symmetric: bool
     scale_dtype: str
     order: str
@@ -56,7 +58,7 @@ class ModuleSpec:
 
     @property
     def format(self) -> str:
-        return f"int{self.bits}"
+        return "trit" if self.bits == TRIT_BITS else f"int{self.bits}"
 
     def group_size_for(self, cols: int) -> int:
         """The group size for a matrix of `cols` columns: one group a row when groups would be as wide as the
@@ -74,9 +76,11 @@ _SPEC_FIELDS = tuple(f.name for f in fields(ModuleSpec) if f.name != "rule")
 class Recipe:
     """The choices of a quantization run. All fields are checked when the recipe is made.
 
-    bits           2, 3, 4 or 8 for the linear layers inside the blocks; 16 leaves them as they are
+    bits           2, 3, 4, 8 or "trit" (ternary, 1.6 bits) for the linear layers inside the blocks; 16 leaves them as
+                   they are
     group_size     columns that share a scale: a multiple of 16, or -1 for one scale a row. A group wider than
                    a row becomes the row; one that does not divide the row leaves a shorter last group
+    per_tensor     one scale for a whole ternary matrix, mean|w| in float32, as ternary models are trained; method "rtn"
     symmetric      zero point 2^(bits-1) everywhere; False stores a zero point for every group
     scale_dtype    "float16", "bfloat16" or "float32"
     order          column order of the solver: "none", "act" (by decreasing diagonal of the Hessian) or "gar"
@@ -85,7 +89,8 @@ class Recipe:
     grids          where a group's grid comes from: "updated" (its weights with every correction so far) or
                    "static" (the original weights)
     clip           search the clipping of each group that minimises sum |error|^2.4. None: for widths up to 4 bits; at
-                   8 bits it costs time and gains nothing
+                   8 bits it costs time and gains nothing. Ternary: search the scale; rounded to nearest, None is the
+                   mean that ternary models are trained with
     damp           share of the Hessian's mean diagonal that is added to its diagonal, in (0, 1]
     correction     "none", or "least_squares": before a module is solved, its weights are moved to those that come
                    nearest to the original network's outputs on the inputs that the quantized one has. It takes 4096
@@ -98,7 +103,9 @@ class Recipe:
                    dict of fields of this class. A list of pairs or of "pattern=change" strings is accepted
                    too
     activations    "float" or "int8": how the quantized layers represent their inputs
-    method         "gptq", or "rtn" (round to nearest: needs no calibration)
+    method         "gptq", or "rtn" (round to nearest: needs no calibration); for ternary also "exact": packs what is
+                   ternary already, its nonzero |w| all one number, and leaves everything else. Such a matrix is packed
+                   exactly by the other methods too, so nothing is ternarized twice
     true_sequential    calibrate each stage of a block on inputs that went through the quantized stages before
                        it
 
@@ -106,8 +113,9 @@ class Recipe:
     gives their bits. Raises ValueError or TypeError naming the field, what was expected and what was given.
     """
 
-    bits: int = 4
+    bits: int | float | str = 4
     group_size: int = 128
+    per_tensor: bool = False
     symmetric: bool = True
     scale_dtype: str = "float16"
     order: str = "gar"
@@ -115,14 +123,16 @@ class Recipe:
     clip: bool | None = None
     damp: float = 0.01
     correction: str | None = None
-    head_bits: int = 16
-    embed_bits: int = 16
+    head_bits: int | float | str = 16
+    embed_bits: int | float | str = 16
     rules: Any = field(default_factory=dict)
     activations: str = "float"
     method: str = "gptq"
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("bits", "head_bits", "embed_bits"):
+            setattr(self, name, _width(getattr(self, name)))
         for name in _SPEC_FIELDS:
             _check(name, name, getattr(self, name))
         _check("bits", "head_bits", self.head_bits)
@@ -146,8 +156,7 @@ class Recipe:
         if change is not None:
             # A rule that names no width means to change how a module is quantized, not whether it is.
             spec = replace(spec, **change, rule=pattern)
-        if spec.clip is None:
-            spec = replace(spec, clip=spec.bits <= 4)
+        spec = _resolved(spec, name)
         if spec.correction is None and spec.bits > 4:
             spec = replace(spec, correction="none")
         return spec if spec.bits != 16 else None
@@ -201,14 +210,15 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any] | str]:
 
 
 def parse_change(text: str) -> dict[str, Any] | str:
-    """The right side of a rule: `skip`, or parts joined by colons: a width (`8`, `int8`), `g64` (group size;
-    `g-1` for whole rows), `sym`/`asym`, a column order (`order-act`), a method (`rtn`, `gptq`),
-    `clip`/`noclip`."""
+    """The right side of a rule: `skip`, or parts joined by colons: a width (`8`, `int8`, `trit`), `g64` (group size;
+    `g-1` for whole rows, `tensor` for a whole ternary matrix), `sym`/`asym`, a column order (`order-act`), a method
+    (`rtn`, `gptq`, `exact`), `clip`/`noclip`."""
     flags: dict[str, dict[str, Any]] = {
         "sym": {"symmetric": True},
         "asym": {"symmetric": False},
         "clip": {"clip": True},
         "noclip": {"clip": False},
+        "tensor": {"per_tensor": True, "group_size": -1},
         **{m: {"method": m} for m in METHODS},
         **{f"order-{o}": {"order": o} for o in ORDERS},
     }
@@ -217,15 +227,16 @@ def parse_change(text: str) -> dict[str, Any] | str:
         return "skip"
     change: dict[str, Any] = {}
     for part in text.split(":"):
-        if width := re.fullmatch(r"(?:int)?(\d+)", part):
-            new: dict[str, Any] = {"bits": int(width[1])}
+        if width := re.fullmatch(r"(?:int)?(\d+)|trit|1\.6", part):
+            new: dict[str, Any] = {"bits": int(width[1]) if width[1] else TRIT_BITS}
         elif group := re.fullmatch(r"g(-?\d+)", part):
             new = {"group_size": int(group[1])}
         elif part in flags:
             new = flags[part]
         else:
             raise ValueError(
-                f"rule: expected skip, a width (8 or int8), g64 or one of {', '.join(flags)}, got {part!r} in {text!r}"
+                f"rule: expected skip, a width (8, int8 or trit), g64 or one of {', '.join(flags)}, "
+                f"got {part!r} in {text!r}"
             )
         if new.keys() & change.keys():
             raise ValueError(f"rule: {', '.join(new)} given twice in {text!r}")
@@ -280,10 +291,12 @@ def _normalise_change(pattern: str, change: Any) -> dict[str, Any] | str:
             return "skip"
     if "format" in change:
         named = change.pop("format")
-        width = re.fullmatch(r"int([2348])", str(named))
-        if width is None or change.get("bits", int(width[1])) != int(width[1]):
-            raise ValueError(f"rules[{pattern!r}].format: expected int2, int3, int4 or int8 (as bits), got {named!r}")
-        change["bits"] = int(width[1])
+        widths = {"trit": TRIT_BITS, **{f"int{bits}": bits for bits in (2, 3, 4, 8)}}
+        if named not in widths or _width(change.get("bits", widths[named])) != widths[named]:
+            raise ValueError(f"rules[{pattern!r}].format: expected {', '.join(widths)} (as bits), got {named!r}")
+        change["bits"] = widths[named]
+    if "bits" in change:
+        change["bits"] = _width(change["bits"])
     for name, value in change.items():
         _check(name, f"rules[{pattern!r}].{name}", value)
     return change
@@ -302,6 +315,32 @@ def _rename(where: str, values: Mapping[str, Any], allowed: set[str]) -> dict[st
             raise ValueError(f"{where}: {name} given twice ({key!r} is another name for it)")
         renamed[name] = value
     return renamed
+
+
+def _width(bits: Any) -> Any:
+    """A width as a number: "trit" becomes 1.6; anything else is left to the checks."""
+    return TRIT_BITS if bits == "trit" else bits
+
+
+def _resolved(spec: ModuleSpec, name: str) -> ModuleSpec:
+    """The defaults that depend on other fields, and the combinations that mean nothing."""
+    ternary = spec.bits == TRIT_BITS
+    if ternary:
+        spec = replace(spec, symmetric=True)  # -s, 0, s
+    if ternary and spec.per_tensor and (spec.group_size != -1 or spec.clip or spec.method == "gptq"):
+        raise ValueError(
+            f"{name}: per_tensor: expected group_size -1, method rtn and no clip, "
+            f"got {spec.group_size}, {spec.method} and clip={spec.clip}"
+        )
+    if not ternary:
+        spec = replace(spec, per_tensor=False)
+    elif spec.per_tensor:
+        spec = replace(spec, scale_dtype="float32")  # one number: nothing is saved by rounding it
+    if not ternary and spec.bits != 16 and spec.method == "exact":
+        raise ValueError(f"{name}: method: expected gptq or rtn at {spec.bits} bits, got exact (for trit)")
+    if spec.clip is None:
+        spec = replace(spec, clip=spec.method == "gptq" if ternary else spec.bits <= 4)
+    return spec
 
 
 def _check_bool(label: str, value: Any) -> None:
@@ -324,7 +363,7 @@ def _check(name: str, label: str, value: Any) -> None:
     if name in choices:
         if value not in choices[name]:
             raise ValueError(f"{label}: expected one of {', '.join(choices[name])}, got {value!r}")
-    elif name in ("symmetric", "clip"):
+    elif name in ("symmetric", "per_tensor", "clip"):
         if name != "clip" or value is not None:
             _check_bool(label, value)
     elif name == "damp":
@@ -332,10 +371,13 @@ def _check(name: str, label: str, value: Any) -> None:
             raise TypeError(f"{label}: expected a number, got {value!r}")
         if not 0 < value <= 1:
             raise ValueError(f"{label}: expected a share in (0, 1], got {value!r}")
+    elif name == "bits":
+        if not isinstance(value, int | float | str) or isinstance(value, bool):
+            raise TypeError(f"{label}: expected a number of bits or 'trit', got {value!r}")
+        if value not in BITS:
+            raise ValueError(f"{label}: expected one of trit, {', '.join(map(str, BITS[1:]))}, got {value!r}")
     else:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{label}: expected an integer, got {value!r}")
-        if name == "bits" and value not in BITS:
-            raise ValueError(f"{label}: expected one of {', '.join(map(str, BITS))}, got {value}")
         if name == "group_size" and value != -1 and (value <= 0 or value % 16):
             raise ValueError(f"{label}: expected a multiple of 16 or -1, got {value}")

@@ -165,7 +165,7 @@ class _Run:
             self.calibrated()
         self.tables()
         reason = "calibration reached no token of it"
-        self.round_to_nearest([m for m in self.left.values() if m.spec.method == "rtn"], None)
+        self.round_to_nearest([m for m in self.left.values() if m.spec.method != "gptq"], None)
         self.round_to_nearest(list(self.left.values()), reason)
 
     def tables(self) -> None:
@@ -227,7 +227,7 @@ class _Run:
     ) -> None:
         """Packs some modules stage by stage. forward(batch) reaches them; discover is a cheaper forward pass
         that shows which of them share an input; original(batch) is forward on the original network's inputs."""
-        self.round_to_nearest([self.left[n] for n in names if self.left[n].spec.method == "rtn"], None)
+        self.round_to_nearest([self.left[n] for n in names if self.left[n].spec.method != "gptq"], None)
         modules = {name: self.model.get_submodule(name) for name in names if name in self.left}
         if not modules:
             return
@@ -251,9 +251,10 @@ class _Run:
                 symmetric=spec.symmetric,
                 scale_dtype=getattr(torch, spec.scale_dtype),
                 clip=spec.clip,
+                per_tensor=spec.per_tensor,
             )
             figures = {
-                "method": "rtn",
+                "method": "rtn" if spec.method == "gptq" else spec.method,
                 "relative_error": _relative_weight_error(weight, packed),
                 "error_of": "weight",
                 "fallback": _joined(mended, reason),

@@ -1,0 +1,48 @@
+"""How ternary a matrix is: what decides that it is packed exactly, and what is reported of one that is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.matrix import ternary_scale
+
+
+@dataclass(frozen=True)
+class TernaryState:
+    """How far a matrix is from {-s, 0, s}.
+
+    values: distinct values; zeros: the share of zeros that rounding by mean|w| gives; relative_error: of that rounding,
+    |rounded - w| / |w| (Frobenius). A matrix whose nonzero |w| are all one number, or with none, is ternary: zeros is
+    then the share it has, and the error 0.
+    """
+
+    is_ternary: bool
+    values: int
+    zeros: float
+    relative_error: float
+
+    def __str__(self) -> str:
+        if self.is_ternary:
+            return f"ternary, {self.zeros:.0%} zeros"
+        return (
+            f"{self.values:,} values, {self.zeros:.0%} zeros and relative error {self.relative_error:.2f} by the mean"
+        )
+
+
+def ternary_state(weight: Tensor) -> TernaryState:
+    """The state of weight [rows, cols], any floating dtype. Weights that are not finite make it not ternary."""
+    weight = weight.detach()
+    values = int(weight.unique().numel())
+    magnitudes = weight.float().abs()
+    largest = magnitudes.max()
+    if not torch.isfinite(largest):
+        return TernaryState(False, values, 0.0, torch.nan)
+    if bool(((magnitudes == largest) | (magnitudes == 0)).all()):
+        return TernaryState(True, values, float((magnitudes == 0).double().mean()), 0.0)
+    scale = ternary_scale(weight)
+    rounded = torch.round(weight.float() / scale).clamp_(-1, 1)
+    error = (rounded * scale - weight.float()).norm() / magnitudes.norm()
+    return TernaryState(False, values, float((rounded == 0).double().mean()), float(error))
