@@ -1,6 +1,6 @@
 """Matrix products: lowbit and every installed peer in one run. python bench/matmul.py [--help]
 
-For each shape, subjects of one family (4 bits, 2 and 3, 8, dense) hold their weights at the same time and take turns,
+For each shape, subjects of one family (4 bits, 2 and 3, 8, dense, ternary) hold their weights at once and take turns,
 round after round, with the bandwidth probe between any two slices. "dram": rotating over at least 500 MB of matrices;
 "warm": one matrix over and over, shape A only.
 """
@@ -17,7 +17,11 @@ import harness
 from peers import MODULES
 from shapes import FEW_TOKENS, SHAPES, TOKENS
 
-FAMILIES = {"4 bits": (4,), "2 and 3 bits": (2, 3), "8 bits": (8,), "dense": (16, 32)}
+FAMILIES = {4: "4 bits", 2: "2 and 3 bits", 3: "2 and 3 bits", 8: "8 bits", 16: "dense", 32: "dense"}
+
+
+def family(subject: dict) -> str:
+    return "ternary" if subject["ternary"] else FAMILIES[subject["bits"]]
 
 
 def start_workers(python: str, threads: int, modules: list[str]) -> tuple[dict, dict, dict]:
@@ -60,9 +64,9 @@ class Run:
         cols, rows = SHAPES[shape]
         tokens = TOKENS if shape == "A" or self.options.all_tokens else FEW_TOKENS
         tokens = [t for t in tokens if not self.options.tokens or t in self.options.tokens]
-        for bits in FAMILIES.values():
+        for name in dict.fromkeys((*FAMILIES.values(), "ternary")):
             held = []
-            for subject in (s for s in self.subjects if s["bits"] in bits and self._wanted(s)):
+            for subject in (s for s in self.subjects if family(s) == name and self._wanted(s)):
                 try:
                     ask = self.workers[subject["module"]].ask
                     made = ask("weights", name=subject["name"], cols=cols, rows=rows, megabytes=self.options.megabytes)
@@ -111,6 +115,7 @@ class Run:
                 "subject": subject["name"],
                 "ours": subject["module"] == "ours",
                 "bits": subject["bits"],
+                "ternary": subject["ternary"],
                 "quantizes_activations": subject["quantizes_activations"],
                 "shape": shape,
                 "cols": cols,

@@ -24,7 +24,7 @@ class Library:
         return {
             "versions": versions,
             "matmul": [
-                {"name": m.name, "bits": m.bits, "quantizes_activations": m.quantizes_activations}
+                {"name": m.name, "bits": m.bits, "quantizes_activations": m.quantizes_activations, "ternary": m.ternary}
                 for m in self.module.MATMUL
             ],
             "gather": [{"name": g.name, "bits": g.bits, "output": g.output} for g in self.module.GATHER],

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-MODULES = ("ours", "torch", "onnxruntime", "openvino", "bitsandbytes", "vllm", "fbgemm")
+MODULES = ("ours", "torch", "onnxruntime", "openvino", "bitsandbytes", "vllm", "fbgemm", "ggml", "bitnet")
 
 
 class Weights(Protocol):
@@ -35,9 +35,10 @@ class Matmul:
     """One way of multiplying activations by a stored matrix."""
 
     name: str
-    bits: int  # of a stored weight, scales apart
+    bits: float  # of a stored weight, scales apart
     quantizes_activations: bool  # to 8 bits, before multiplying
     weights: Callable[[int, int, int], Weights]  # (cols, rows, megabytes in all)
+    ternary: bool = False  # weights -s, 0, s, whatever the bits they are stored in
 
 
 class Table(Protocol):

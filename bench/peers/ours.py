@@ -1,4 +1,4 @@
-"""lowbit: every format with group 128 (int8: one scale a row), in float and int8 activation modes, and its gather."""
+"""lowbit: every format, group 128 (int8: one scale a row, ternary: one), both activation modes; its gather."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from peers import Gather, Matmul, copies_for
 from peers.dense import CopiedWeights
 
 GROUPS = {"int2": 128, "int3": 128, "int4": 128, "int8": -1}
+BITS = {"trit": 1.6, "int2": 2, "int3": 3, "int4": 4, "int8": 8}
 
 
 def available() -> dict:
@@ -26,6 +27,9 @@ def last_kernel(verb: str) -> str:
 
 def _random(format: str, rows: int, cols: int) -> PackedMatrix:
     """Any codes with one range of scales: the speed does not depend on the values."""
+    if format.startswith("ternary"):
+        trits = torch.randint(0, 3, (rows, cols), dtype=torch.uint8)
+        return PackedMatrix.from_codes(trits, torch.full((1, 1), 0.02), format="trit").repack(format.split()[-1])
     group = GROUPS[format]
     codes = torch.randint(0, 2 ** int(format[3:]), (rows, cols), dtype=torch.uint8)
     groups = 1 if group == -1 else -(-cols // group)
@@ -34,7 +38,8 @@ def _random(format: str, rows: int, cols: int) -> PackedMatrix:
 
 
 def _copy(w: PackedMatrix) -> PackedMatrix:
-    return PackedMatrix(w.codes.clone(), w.scales.clone(), format=w.format, cols=w.cols, group_size=w.group_size)
+    zeros = None if w.zeros is None else w.zeros.clone()
+    return PackedMatrix(w.codes.clone(), w.scales.clone(), zeros, format=w.format, cols=w.cols, group_size=w.group_size)
 
 
 class _Copies(list):
@@ -86,6 +91,11 @@ def _matmuls() -> list[Matmul]:
             suffix = "" if group == -1 else f" g{group}"
             weights: Callable = partial(_weights, format, mode)
             made.append(Matmul(f"lowbit {format}{suffix}, {mode}", int(format[3:]), mode == "int8", weights))
+    for stored in ("trit", "int2"):
+        for mode in ("float", "int8"):
+            weights = partial(_weights, f"ternary {stored}", mode)
+            name = f"lowbit {stored}" if stored == "trit" else "lowbit ternary as int2"
+            made.append(Matmul(f"{name}, {mode}", BITS[stored], mode == "int8", weights, ternary=True))
     return made
 
 
