@@ -1,4 +1,7 @@
-"""A whole model: Llama-3.2-1B's shape with random weights, bf16 in torch against lowbit. python bench/model.py [--help]
+"""A whole model with random weights, end to end. python bench/model.py [--shape ternary-2.7b] [--help]
+
+llama-1b: Llama-3.2-1B's shape, bf16 in torch against lowbit. ternary-2.7b: the size of MatMulFreeLM-2.7B (32 layers,
+2.7 billion weights) with ternary linears and head and a 4-bit embedding, made of random trits; lowbit alone.
 
 Measures decoding (tokens a second after a short prompt), prefill, resident memory and load time. The packed model is
 made by lowbit.quantize (round to nearest), saved, and loaded again, as a user's would be; the dense one is saved and
@@ -22,16 +25,30 @@ from pathlib import Path
 import harness
 from matmul import median_probe
 
-SHAPE = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
+SHAPES = {
+    "llama-1b": {
+        "num_hidden_layers": 16,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "ternary-2.7b": {
+        "num_hidden_layers": 32,
+        "vocab_size": 32000,
+        "hidden_size": 2560,
+        "intermediate_size": 6912,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 20,
+        "head_dim": 128,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    },
 }
 SUBJECTS = {  # name: (process, mode)
     "torch bf16": ("dense", "plain"),
@@ -72,11 +89,39 @@ class Model:
             versions["lowbit"] = lowbit.__version__
         return versions
 
-    def make(self, folder: str, layers: int, bits: int, head_bits: int) -> dict:
+    def make_ternary(self, folder: str, shape: dict) -> dict:
+        """Writes a packed model of random trits; its floats never exist, for they would take 5.4 GB."""
+        import lowbit
+        from lowbit import PackedMatrix
+        from lowbit.models import find_targets, patch
+
+        torch, start = self.torch, time.perf_counter()
+        with torch.device("meta"):
+            model = self.transformers.AutoModelForCausalLM.from_config(
+                self.transformers.LlamaConfig(**shape), dtype=torch.bfloat16
+            )
+        for target in find_targets(model):
+            rows, cols = target.shape
+            if "embedding" in target.kinds:
+                codes = torch.randint(0, 16, (rows, cols), dtype=torch.uint8)
+                scales = torch.full((rows, -(-cols // 128)), 0.01, dtype=torch.float16)
+                packed = PackedMatrix.from_codes(codes, scales, format="int4", group_size=128)
+            else:
+                codes = torch.randint(0, 3, (rows, cols), dtype=torch.uint8)
+                packed = PackedMatrix.from_codes(codes, torch.full((1, 1), cols**-0.5), format="trit")
+            patch(model, dict.fromkeys(target.names, packed))
+        for module in model.modules():  # the norms
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.ones(parameter.shape, dtype=torch.bfloat16)))
+        lowbit.save(model, f"{folder}/packed")
+        sizes = {"packed": sum(f.stat().st_size for f in Path(folder, "packed").glob("*.safetensors"))}
+        return {"disk_bytes": sizes, "quantize_seconds": time.perf_counter() - start}
+
+    def make(self, folder: str, shape: dict, bits: int, head_bits: int) -> dict:
         """Writes the dense and the packed model under `folder`; returns their bytes on disk."""
         import lowbit
 
-        config = self.transformers.LlamaConfig(num_hidden_layers=layers, **SHAPE)
+        config = self.transformers.LlamaConfig(**shape)
         with self.torch.device("cpu"):
             model = self.transformers.AutoModelForCausalLM.from_config(config, dtype=self.torch.bfloat16).eval()
         model.save_pretrained(f"{folder}/dense")
@@ -152,7 +197,7 @@ class Model:
         self._mode(mode)
         taken = []
         with torch.inference_mode():
-            ids = torch.randint(0, SHAPE["vocab_size"], (1, prompt))
+            ids = torch.randint(0, self.model.config.vocab_size, (1, prompt))
             result = self.model(ids, use_cache=True, logits_to_keep=1)
             for _ in range(tokens):
                 ids = result.logits[:, -1:].argmax(-1)
@@ -166,7 +211,7 @@ class Model:
         torch = self.torch
         self._mode(mode)
         with torch.inference_mode():
-            ids = torch.randint(0, SHAPE["vocab_size"], (1, prompt))
+            ids = torch.randint(0, self.model.config.vocab_size, (1, prompt))
             start = time.perf_counter()
             self.model(ids, use_cache=True, logits_to_keep=1)
             return [time.perf_counter() - start]
@@ -190,17 +235,18 @@ def report(row: dict) -> str:
 
 
 def measure(options: argparse.Namespace, workers: dict, loaded: dict) -> list[dict]:
+    subjects = {name: how for name, how in SUBJECTS.items() if how[0] in workers}
     cases = [("decode", options.new_tokens, {"prompt": options.prompt, "tokens": options.new_tokens})]
     cases += [("prefill", prompt, {"prompt": prompt}) for prompt in options.prefill]
     rows = []
     for what, tokens, details in cases:
         slices = {}
-        for subject, (kind, mode) in SUBJECTS.items():
+        for subject, (kind, mode) in subjects.items():
             slices[subject] = (workers[kind], partial(workers[kind].ask, what, mode=mode, **details))
         for _worker, run in slices.values():
             run()  # choose kernels, fault pages in
         rounds = harness.alternate(slices, options.rounds, partial(harness.read_bandwidth, options.threads))
-        for subject, (kind, _) in SUBJECTS.items():
+        for subject, (kind, _) in subjects.items():
             failed = "failure" in rounds[subject][0]
             figures = rounds[subject][0] if failed else harness.summarise(rounds[subject], loaded[kind]["token_bytes"])
             row = {"subject": subject, "ours": kind == "packed", "what": what, "tokens": tokens, **figures}
@@ -215,7 +261,8 @@ def measure(options: argparse.Namespace, workers: dict, loaded: dict) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16, help="of the model; fewer for a quick look")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
+    parser.add_argument("--layers", type=int, help="of the model; fewer for a quick look")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="of the linear layers, group 128")
     parser.add_argument("--head-bits", type=int, default=8, choices=(4, 8), help="of the tied embedding and head")
     parser.add_argument("--prompt", type=int, default=16)
@@ -228,18 +275,24 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         model = Model(options.worker)
-        questions = ("describe", "make", "load", "decode", "prefill", "memory")
+        questions = ("describe", "make", "make_ternary", "load", "decode", "prefill", "memory")
         harness.serve({question: getattr(model, question) for question in questions})
         return
 
+    shape = dict(SHAPES[options.shape])
+    shape["num_hidden_layers"] = options.layers = options.layers or shape["num_hidden_layers"]
+    ternary = options.shape == "ternary-2.7b"
+    name = "model_ternary" if ternary else "model"
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         with start("packed", options.threads) as maker:  # its memory is given back before anything is measured
-            made = maker.ask(
-                "make", folder=folder, layers=options.layers, bits=options.bits, head_bits=options.head_bits
-            )
-        print(f"quantized in {made['quantize_seconds']:.1f} s; on disk {made['disk_bytes']}", flush=True)
-        workers = {kind: start(kind, options.threads) for kind in ("dense", "prepacked", "packed")}
+            if ternary:
+                made = maker.ask("make_ternary", folder=folder, shape=shape)
+            else:
+                made = maker.ask("make", folder=folder, shape=shape, bits=options.bits, head_bits=options.head_bits)
+        print(f"made in {made['quantize_seconds']:.1f} s; on disk {made['disk_bytes']}", flush=True)
+        kinds = ("packed",) if ternary else ("dense", "prepacked", "packed")
+        workers = {kind: start(kind, options.threads) for kind in kinds}
         try:
             loaded = {}
             for kind, worker in workers.items():
@@ -254,9 +307,11 @@ def main() -> None:
         finally:
             for worker in workers.values():
                 worker.close()
-    names = ("layers", "bits", "head_bits", "prompt", "new_tokens", "threads", "rounds")
-    settings = {**{name: getattr(options, name) for name in names}, "quantize_seconds": made["quantize_seconds"]}
-    print(harness.save(harness.document("model", settings, versions, {}, rows, ends), options.output))
+    names = ("shape", "layers", "prompt", "new_tokens", "threads", "rounds")
+    settings = {**{field: getattr(options, field) for field in names}, "quantize_seconds": made["quantize_seconds"]}
+    if not ternary:
+        settings |= {"bits": options.bits, "head_bits": options.head_bits}
+    print(harness.save(harness.document(name, settings, versions, {}, rows, ends), options.output))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """bitnet.cpp: I2_S, 2 bits a ternary weight, by its own kernels for AVX2.
 
-Needs BITNET_ROOT, a checkout, and GGML_SOURCE, the ggml folder of llama.cpp, whose headers its
-kernels include (bench/README.md). bitnet_matmul.cpp drives the kernels without the rest of llama.cpp, which favours them.
+Needs BITNET_ROOT, a checkout, and GGML_SOURCE, the ggml folder of llama.cpp, whose headers its kernels include
+(bench/README.md). bitnet_matmul.cpp drives the kernels without the rest of llama.cpp, which favours them.
 """
 
 from __future__ import annotations
