@@ -83,25 +83,22 @@ def ternarize(
 
     from lowbit.cli import torch_options
     from lowbit.models import find_targets, weight_matrix
-    from lowbit.quantize.ternary import ternary_state
+    from lowbit.quantize.ternary import is_ternary, ternary_state
 
     recipe = _recipe(method, modules, group_size, head_bits, embed_bits, rule, correction, activations)
     if method == "exact":
         # Nothing to pack is the usual case for weights kept in 16 bits, and no reason to write a copy.
         loaded = torch_options.load_float_model(torch_options.model_folder(model), dtype)
-        states = [
-            (target.names[0], ternary_state(weight_matrix(target.module)))
-            for target in find_targets(loaded)
-            if "linear" in target.kinds
-        ]
-        if not any(state.is_ternary for _, state in states):
-            nearest = min(states, key=lambda item: item[1].relative_error, default=None)
-            found = "it has no linear layers" if nearest is None else f"the nearest, {nearest[0]}, has {nearest[1]}"
+        linears = {t.names[0]: weight_matrix(t.module) for t in find_targets(loaded) if "linear" in t.kinds}
+        if not any(map(is_ternary, linears.values())):
+            states = {name: ternary_state(weight) for name, weight in linears.items()}
+            nearest = min(states, key=lambda name: states[name].relative_error, default=None)
+            found = "it has no linear layers" if nearest is None else f"the nearest, {nearest}, has {states[nearest]}"
             raise ValueError(
                 f"{model}: expected ternary matrices, but {found}; --method absmean rounds the weights of a model that "
                 "was trained with ternary ones, --method gptq solves for those of any model"
             )
-        del loaded
+        del loaded, linears
     run(
         terminal,
         model,

@@ -14,7 +14,7 @@ from lowbit import _C
 from lowbit.abi import FORMATS, LINE_BYTES
 from lowbit.models import Target, find_targets, weight_matrix
 from lowbit.quantize.recipe import ModuleSpec, Recipe, rule_regex
-from lowbit.quantize.ternary import ternary_state
+from lowbit.quantize.ternary import is_ternary, ternary_state
 
 # Below this many rows or columns a matrix (a router, a gate, a classifier) saves next to nothing, is
 # sensitive, and fits no GPTQ checkpoint, whose words hold 32 codes. Only a rule quantizes it.
@@ -106,11 +106,11 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
         # expect.
         spec = replace(spec, method="rtn") if spec.method == "gptq" else spec
     if spec is not None and spec.format == "trit":
-        state = ternary_state(weight_matrix(target.module))
-        if state.is_ternary:
+        weight = weight_matrix(target.module)
+        if is_ternary(weight):
             spec = replace(spec, method="exact", per_tensor=True, group_size=-1, clip=False, scale_dtype="float32")
         elif spec.method == "exact":
-            spec, reason = None, f"not ternary: {state}"
+            spec, reason = None, f"not ternary: {ternary_state(weight)}"
     return PlannedModule(
         names=target.names,
         kind=target.kind,
