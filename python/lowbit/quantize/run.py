@@ -381,12 +381,12 @@ class _Run:
                 with self._as_they_were():
                     _each_input(original, batch, {name: modules[name] for name in drifts}, keep, stop_early)
 
-            def add(name: str, x: torch.Tensor, before=before, tokens=ids.numel) -> None:
+            def add(name: str, x: torch.Tensor, before=before, ids=ids) -> None:
                 if x.numel():
                     hessians[name].add(x)
                 # Rows are paired by position, so a module must read all tokens: experts do not.
                 then = before.pop(name, None)
-                if then is not None and then.shape == x.shape and x[..., 0].numel() == tokens():
+                if then is not None and then.shape == x.shape and x[..., 0].numel() == ids.numel():
                     drifts[name].add(then, x)
 
             _each_input(forward, batch, {name: modules[name] for name in hessians}, add, stop_early)
