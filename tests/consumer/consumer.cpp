@@ -108,6 +108,22 @@ void check_codes() {
   });
 }
 
+// Ternary weights keep their scale and come back exactly; 321 columns take two lines of five trits a byte.
+void check_ternary() {
+  const int64_t rows = 5, cols = 321;
+  std::vector<float> weights(size_t(rows * cols)), x(size_t(cols), 2.0f);
+  for (size_t i = 0; i < weights.size(); i++) weights[i] = 0.375f * float(int(i * 7 % 3) - 1);
+  const lowbit::Matrix w = lowbit::Matrix::pack(LOWBIT_TRIT, rows, cols, -1, weights.data());
+  expect(lowbit_row_lines(LOWBIT_TRIT, cols) == 2, "trit: lines");
+  expect(w.unpack() == weights, "trit: unpacked weights");
+  const std::vector<float> y = w.matmul(x);
+  for (size_t n = 0; n < size_t(rows); n++) {
+    float sum = 0;
+    for (size_t k = 0; k < size_t(cols); k++) sum += 2.0f * weights[n * size_t(cols) + k];
+    expect(y[n] == sum, "trit: y");
+  }
+}
+
 void check_errors() {
   const std::vector<float> weights(64, 1.0f);
   expect_error<lowbit::InvalidArgument>(LOWBIT_INVALID_ARGUMENT, "group_size",
@@ -132,6 +148,7 @@ int main() {
         check_matrix(format, 16, 384, 128, symmetric);
       }
     check_codes();
+    check_ternary();
     check_errors();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
