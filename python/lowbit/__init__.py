@@ -15,6 +15,7 @@ _LAZY = {
     "PackedMatrix": "lowbit.matrix",
     "Recipe": "lowbit.quantize.recipe",
     "quantize": "lowbit.quantize",
+    "prepare_ternary_training": "lowbit.quantize.training",
     "load": "lowbit.checkpoint",
     "save": "lowbit.checkpoint",
     "ops": None,
@@ -37,4 +38,13 @@ def __getattr__(name: str):
     return getattr(module, name) if _LAZY[name] else module
 
 
-__all__ = ["PackedMatrix", "Recipe", "__version__", "load", "ops", "quantize", "save"]
+__all__ = [
+    "PackedMatrix",
+    "Recipe",
+    "__version__",
+    "load",
+    "ops",
+    "prepare_ternary_training",
+    "quantize",
+    "save",
+]

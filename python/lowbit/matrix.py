@@ -18,6 +18,7 @@ from lowbit.abi import (
     normalise_group_size,
     require_cpu,
 )
+from lowbit.ternary import weight_quant
 
 
 class PackedMatrix:
@@ -66,8 +67,10 @@ class PackedMatrix:
         clip: search, for each group, the clipping that minimises sum |error|**2.4.
         "trit": the scale of a group is mean|w|, at least 1e-5 (clip: searched as above); but where the nonzero |w| are
         all one number the weights are ternary already and keep it, so packing twice changes nothing.
-        per_tensor: one scale for the whole matrix, as ternary models are trained; "trit" with group_size -1 only.
-        Scales are rounded to scale_dtype before codes are chosen. Raises ValueError on non-finite weights.
+        Scales are rounded to scale_dtype before codes are chosen.
+        per_tensor: one scale for the whole matrix; "trit" with group_size -1 only. Trits and scale are those that
+        models are trained with (`lowbit.ternary.weight_quant`, in float32); only then is the scale rounded.
+        Raises ValueError on non-finite weights.
         """
         weight = as_tensor(weight, "weight")
         if per_tensor:
@@ -105,9 +108,9 @@ class PackedMatrix:
         lookup(SCALE_DTYPES, scale_dtype, "scale_dtype")
         lookup(FLOAT_DTYPES, weight.dtype, "weight dtype")
         matrix_shape(weight, "weight")
-        scale = ternary_scale(weight).to(scale_dtype)
-        codes = torch.round(weight.float() / scale.float()).clamp_(-1, 1).add_(1).to(torch.uint8)
-        return cls.from_codes(codes, scale.view(1, 1), format="trit")
+        require_finite(weight, "weight")
+        trits, scale = weight_quant(weight.float())
+        return cls.from_codes((trits + 1).to(torch.uint8), scale.to(scale_dtype), format="trit")
 
     @classmethod
     def from_codes(cls, codes, scales, zeros=None, perm=None, *, format, group_size=-1):
@@ -363,19 +366,12 @@ def as_tensor(array, name: str) -> torch.Tensor:
     return array.detach()
 
 
-def ternary_scale(weight: torch.Tensor) -> torch.Tensor:
-    """The scale of a ternary matrix, a float32 scalar: the one magnitude of its nonzero values if they have only one,
-    else mean|w|, at least 1e-5. 1 for a matrix of zeros. Raises ValueError on non-finite weights."""
-    magnitudes = weight.float().abs()
-    largest = magnitudes.max()
-    if not torch.isfinite(largest):
-        row, col = (~torch.isfinite(weight)).nonzero()[0].tolist()
-        raise ValueError(f"weight[{row}, {col}]: expected a finite number, got {float(weight[row, col])}")
-    if largest == 0:
-        return torch.ones(())
-    if bool(((magnitudes == largest) | (magnitudes == 0)).all()):
-        return largest
-    return magnitudes.mean(dtype=torch.float64).float().clamp_(min=1e-5)
+def require_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raises ValueError with the place of the first of the numbers [rows, cols] that is NaN or infinite."""
+    wrong = ~torch.isfinite(tensor)
+    if bool(wrong.any()):
+        row, col = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name}[{row}, {col}]: expected a finite number, got {float(tensor[row, col])}")
 
 
 def matrix_shape(tensor: torch.Tensor, name: str) -> tuple[int, int]:

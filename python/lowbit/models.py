@@ -125,6 +125,8 @@ def find_targets(model: nn.Module) -> list[Target]:
                 inside = name.startswith(in_block) and not isinstance(module, nn.Embedding)
                 kinds.append("linear" if inside else "other")
         obstacles = [_obstacle(name, module, keep) for name, module in members]
+        if len({_forward_of(module) for _, module in members}) > 1:
+            obstacles.append("modules that share its weight make different matrices of it")
         targets.append(
             Target(
                 names=tuple(name for name, _ in members),
@@ -253,9 +255,16 @@ def _obstacle(name: str, module: nn.Module, keep_in_fp32: tuple[str, ...]) -> st
         return "nn.MultiheadAttention reads its weight without calling it"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "it renormalises its rows (max_norm)"
-    if not _behaves_plainly(module):
+    if type(module) is not lowbit_nn.TernaryLinear and not _behaves_plainly(module):
         return f"{type(module).__name__} has a forward of its own"
     return None
+
+
+def _forward_of(module: nn.Module) -> tuple:
+    """What decides the matrix that a module makes of its weight: nothing, or a TernaryLinear's options."""
+    if not isinstance(module, lowbit_nn.TernaryLinear):
+        return ()
+    return module.group_size, module.quant_dtype, module.activations
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Modules over a PackedMatrix: drop-in `Linear` and `Embedding` whose weight is packed, or float, and can be swapped.
+"""Modules over a PackedMatrix: drop-in `Linear` and `Embedding` whose weight is packed, or float, and can be swapped;
+and `TernaryLinear`, which is trained to become one.
 
 Tensors are registered under the names they have in a file: `weight` (the uint8 codes, so that tying by that name keeps
 working), `weight_scale`, `weight_zero`, `weight_perm`. An embedding and a head made from one PackedMatrix share its
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import abi
-from lowbit.abi import ACTIVATIONS, Layout, lookup
-from lowbit.matrix import PackedMatrix
+from lowbit.abi import ACTIVATIONS, Layout, lookup, normalise_group_size
+from lowbit.matrix import PackedMatrix, require_finite
+from lowbit.ternary import ActivationQuant, WeightQuant, weight_quant
 
 _SIDE_TENSORS = ("weight_scale", "weight_zero", "weight_perm")
 
@@ -210,3 +212,75 @@ class Embedding(PackedModule):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._weight_repr()}"
+
+
+class TernaryLinear(nn.Linear):
+    """An nn.Linear that multiplies by its weight made ternary: y = x W'^T + bias, for training and fine-tuning.
+
+    `weight` [out_features, in_features] and `bias` are nn.Linear's parameters under its names: the weight is the latent
+    one, W' what `lowbit.ternary.weight_quant` makes of it in every forward pass, and the gradient of W' is taken for
+    that of the weight. `pack` gives the trits and the scales of that forward pass, exactly.
+
+    group_size: columns that share a scale, a multiple of 16 and a divisor of in_features; -1: a row; None: the matrix.
+    quant_dtype: what trits and scale are computed in; None: the weight's dtype. W' has the weight's dtype in any case,
+        so in a module cast to bfloat16 its scale is rounded to it; under autocast the parameters keep theirs.
+    activations: "float", or "int8": x passes BitNet's 8 bits a token, its gradient straight through too.
+
+    A weight that is ternary when training begins keeps its scale until the first step, which makes it a latent one
+    whose scale is its mean: begin at the latent weights where they exist.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype: torch.dtype | None = None,
+        *,
+        group_size: int | None = None,
+        quant_dtype: torch.dtype | None = torch.float32,
+        activations: str = "float",
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        lookup(ACTIVATIONS, activations, "activations")
+        group_size = None if group_size is None else normalise_group_size(group_size, in_features)
+        if group_size is not None and in_features % group_size:
+            raise ValueError(f"group_size: expected a divisor of in_features, {in_features}, got {group_size}")
+        self.group_size, self.quant_dtype, self.activations = group_size, quant_dtype, activations
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options) -> TernaryLinear:
+        """A module over the parameters of a linear layer, which it shares; options as above."""
+        module = cls(linear.in_features, linear.out_features, bias=False, device="meta", **options)
+        module.weight, module.bias = linear.weight, linear.bias
+        return module.train(linear.training)
+
+    def quantized_weight(self) -> Tensor:
+        """W' [out_features, in_features], whose gradient goes to `weight` as it is."""
+        return WeightQuant.apply(self.weight, self.group_size, self.quant_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = ActivationQuant.apply(x) if self.activations == "int8" else x
+        return nn.functional.linear(x, self.quantized_weight(), self.bias)
+
+    @torch.no_grad()
+    def pack(self) -> PackedMatrix:
+        """The weight in format "trit", its scales in float32; unpacked it is `quantized_weight`, bit for bit.
+
+        Raises ValueError for weights that are not finite.
+        """
+        weight = self.weight.detach()
+        require_finite(weight, "weight")
+        trits, scales = weight_quant(weight, self.group_size, self.quant_dtype)
+        group_size = -1 if self.group_size is None else self.group_size
+        codes = (trits + 1).to(torch.uint8)
+        return PackedMatrix.from_codes(codes, scales.float(), format="trit", group_size=group_size)
+
+    def to_linear(self) -> Linear:
+        """The packed layer in its place: the same bias, the same mode of activations."""
+        return Linear.from_packed(self.pack(), self.bias, self.activations).train(self.training)
+
+    def extra_repr(self) -> str:
+        group_size = "matrix" if self.group_size is None else self.group_size
+        return f"{super().extra_repr()}, group_size={group_size}, activations={self.activations}"

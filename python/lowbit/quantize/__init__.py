@@ -4,6 +4,7 @@ recipe       what becomes of which module            plan      a recipe applied 
 calibration  any data as windows of token ids        replay    blocks run one at a time
 hessian      what the solver knows of the inputs     gptq      the solver
 correction   weights for inputs that have moved      progress  how far it is
+ternary      how ternary a matrix is            training  a model made ready for ternary training
 run          the whole of it
 """
 
@@ -18,6 +19,7 @@ from lowbit.quantize.plan import Plan, make_plan
 from lowbit.quantize.progress import Progress, terminal_progress
 from lowbit.quantize.recipe import ModuleSpec, Recipe, parse_rule
 from lowbit.quantize.run import Report, quantize
+from lowbit.quantize.training import prepare_ternary_training
 
 __all__ = [
     "ModuleSpec",
@@ -27,6 +29,7 @@ __all__ = [
     "Report",
     "make_plan",
     "parse_rule",
+    "prepare_ternary_training",
     "quantize",
     "terminal_progress",
     "token_windows",

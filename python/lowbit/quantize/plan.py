@@ -13,7 +13,8 @@ from torch import nn
 from lowbit import _C
 from lowbit.abi import FORMATS, LINE_BYTES
 from lowbit.models import Target, find_targets, weight_matrix
-from lowbit.quantize.recipe import ModuleSpec, Recipe, rule_regex
+from lowbit.nn import TernaryLinear
+from lowbit.quantize.recipe import TRIT_BITS, ModuleSpec, Recipe, rule_regex
 from lowbit.quantize.ternary import is_ternary, ternary_state
 
 # Below this many rows or columns a matrix (a router, a gate, a classifier) saves next to nothing, is
@@ -105,7 +106,9 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
         # Rows moved by the errors of a head's Hessian would no longer be the embeddings that the blocks
         # expect.
         spec = replace(spec, method="rtn") if spec.method == "gptq" else spec
-    if spec is not None and spec.format == "trit":
+    if spec is not None and isinstance(target.module, TernaryLinear):
+        spec = _as_trained(spec, target.module)
+    elif spec is not None and spec.format == "trit":
         weight = weight_matrix(target.module)
         if is_ternary(weight):
             spec = replace(spec, method="exact", per_tensor=True, group_size=-1, clip=False, scale_dtype="float32")
@@ -120,6 +123,22 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
         spec=spec,
         reason=reason,
         packed_bytes=packed_bytes(target.shape, spec) if spec is not None else 0,
+    )
+
+
+def _as_trained(spec: ModuleSpec, module: TernaryLinear) -> ModuleSpec:
+    """How a module that is trained ternary is packed, whatever was asked for: as in its own forward pass."""
+    return replace(
+        spec,
+        bits=TRIT_BITS,
+        group_size=-1 if module.group_size is None else module.group_size,
+        per_tensor=module.group_size is None,
+        symmetric=True,
+        scale_dtype="float32",
+        clip=False,
+        correction="none",
+        activations=module.activations,
+        method="exact",
     )
 
 

@@ -33,6 +33,7 @@ from torch import nn
 
 from lowbit.matrix import PackedMatrix
 from lowbit.models import find_blocks, find_targets, patch, replace_module, weight_matrix
+from lowbit.nn import TernaryLinear
 from lowbit.quantize.calibration import token_windows
 from lowbit.quantize.correction import LEAST_TOKENS, Drift, LeastSquares
 from lowbit.quantize.gptq import Factor, prepare_factor, solve
@@ -97,6 +98,9 @@ def quantize(
     max_windows: calibrate on the first so many only
     batch_size: windows a forward pass
     progress: told what happens, see `Progress`
+
+    A `lowbit.nn.TernaryLinear` that the recipe does not leave is packed as its own forward pass has it, trits, scales
+    and activations, whatever width and method the recipe gives.
 
     Returns the report, which is also kept as `model._lowbit_report` for saving.
     ValueError or TypeError before anything is changed: recipe, rules or data that do not fit the model;
@@ -243,16 +247,20 @@ class _Run:
     def round_to_nearest(self, modules: list[PlannedModule], reason: str | None) -> None:
         for planned in modules:
             begin, spec = time.monotonic(), planned.spec
-            weight, mended = _finite(weight_matrix(self.model.get_submodule(planned.name)))
-            packed = PackedMatrix.from_float(
-                weight,
-                spec.format,
-                spec.group_size_for(planned.shape[1]),
-                symmetric=spec.symmetric,
-                scale_dtype=getattr(torch, spec.scale_dtype),
-                clip=spec.clip,
-                per_tensor=spec.per_tensor,
-            )
+            module = self.model.get_submodule(planned.name)
+            weight, mended = _finite(weight_matrix(module))
+            if isinstance(module, TernaryLinear) and not mended:
+                weight, packed = module.quantized_weight(), module.pack()
+            else:
+                packed = PackedMatrix.from_float(
+                    weight,
+                    spec.format,
+                    spec.group_size_for(planned.shape[1]),
+                    symmetric=spec.symmetric,
+                    scale_dtype=getattr(torch, spec.scale_dtype),
+                    clip=spec.clip,
+                    per_tensor=spec.per_tensor,
+                )
             figures = {
                 "method": "rtn" if spec.method == "gptq" else spec.method,
                 "relative_error": _relative_weight_error(weight, packed),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.matrix import ternary_scale
+from lowbit.ternary import weight_quant
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,9 @@ def ternary_state(weight: Tensor) -> TernaryState:
         return TernaryState(True, values, float((magnitudes == 0).double().mean()), 0.0)
     if not torch.isfinite(magnitudes.max()):
         return TernaryState(False, values, 0.0, torch.nan)
-    scale = ternary_scale(weight)
-    rounded = torch.round(weight.float() / scale).clamp_(-1, 1)
-    error = (rounded * scale - weight.float()).norm() / magnitudes.norm()
-    return TernaryState(False, values, float((rounded == 0).double().mean()), float(error))
+    trits, scale = weight_quant(weight.float())
+    error = (trits * scale - weight.float()).norm() / magnitudes.norm()
+    return TernaryState(False, values, float((trits == 0).double().mean()), float(error))
 
 
 def _distinct_values(weight: Tensor) -> int:
