@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -76,29 +77,15 @@ def ternarize(
 ) -> None:
     """Ternarize a model, or pack one that is ternary, and write it.
 
+    Without a method, a model with no ternary matrix is reported on, matrix by matrix, and not packed.
     A matrix whose nonzero weights have one magnitude is packed as it is by every method: nothing is ternarized twice.
     """
     terminal = Terminal(json)
     check_output(output, model, force, format)
 
-    from lowbit.cli import torch_options
-    from lowbit.models import find_targets, weight_matrix
-    from lowbit.quantize.ternary import is_ternary, ternary_state
-
     recipe = _recipe(method, modules, group_size, head_bits, embed_bits, rule, correction, activations)
     if method == "exact":
-        # Nothing to pack is the usual case for weights kept in 16 bits, and no reason to write a copy.
-        loaded = torch_options.load_float_model(torch_options.model_folder(model), dtype)
-        linears = {t.names[0]: weight_matrix(t.module) for t in find_targets(loaded) if "linear" in t.kinds}
-        if not any(map(is_ternary, linears.values())):
-            states = {name: ternary_state(weight) for name, weight in linears.items()}
-            nearest = min(states, key=lambda name: states[name].relative_error, default=None)
-            found = "it has no linear layers" if nearest is None else f"the nearest, {nearest}, has {states[nearest]}"
-            raise ValueError(
-                f"{model}: expected ternary matrices, but {found}; --method absmean rounds the weights of a model that "
-                "was trained with ternary ones, --method gptq solves for those of any model"
-            )
-        del loaded, linears
+        _require_ternary(terminal, model, dtype)
     run(
         terminal,
         model,
@@ -112,6 +99,34 @@ def ternarize(
         report=report,
         dtype=dtype,
         threads=threads,
+    )
+
+
+def _require_ternary(terminal: Terminal, model: str, dtype: str) -> None:
+    """Nothing to pack is the usual case for weights kept in 16 bits, and no reason to write a copy: unless a matrix of
+    the blocks is ternary, a report of how far each is from it, and ValueError."""
+    from lowbit.cli import torch_options
+    from lowbit.models import find_targets, weight_matrix
+    from lowbit.quantize.ternary import is_ternary, ternary_state
+
+    loaded = torch_options.load_float_model(torch_options.model_folder(model), dtype)
+    linears = {t.name: weight_matrix(t.module) for t in find_targets(loaded) if "linear" in t.kinds}
+    if any(map(is_ternary, linears.values())):
+        return
+    states = {name: ternary_state(weight) for name, weight in linears.items()}
+    numbers = ("values", "zeros by the mean", "error by the mean")
+    terminal.table(
+        ("module", *numbers),
+        [(name, f"{s.values:,}", f"{s.zeros:.0%}", f"{s.relative_error:.2f}") for name, s in states.items()],
+        numbers=numbers,
+    )
+    if terminal.json:
+        terminal.emit({"model": model, "matrices": [{"name": name, **asdict(s)} for name, s in states.items()]})
+    nearest = min(states, key=lambda name: states[name].relative_error, default=None)
+    found = "it has no linear layers" if nearest is None else f"the nearest, {nearest}, has {states[nearest]}"
+    raise ValueError(
+        f"{model}: expected ternary matrices, but {found}; --method absmean rounds the weights of a model that was "
+        "trained with ternary ones, --method gptq solves for those of any model"
     )
 
 
