@@ -4,13 +4,13 @@
     python bench/ternary_model.py --json    and a result file
 
 Model: tests/data/tiny-ternary-code (Llama, 4 blocks, width 256; attention and MLP matrices trained with weight_quant in
-the forward pass, latent weights stored in bf16; the head is tied to the embedding, and both stay in bf16). Its forward
-pass at run time is that of lowbit.prepare_ternary_training; every packed row is compared with it: distance of logits,
-KL divergence, perplexity. Measured as bench/quality.py does, on the standard-library modules that its training left
-out, in windows of 256 tokens. "latent weights" is the model with weight_quant forgotten.
+the forward pass, latent weights stored in bf16; the head is tied to the embedding, and both stay floats). Its forward
+pass at run time is that of lowbit.prepare_ternary_training; every row is compared with it: distance of logits, KL
+divergence, perplexity. Measured as bench/quality.py does, on the standard-library modules that its training left out,
+in windows of 256 tokens. "latent weights" is the model with weight_quant forgotten.
 
-Bytes are those of model.safetensors; ternary_ratio is the share that the packed ternary matrices (codes and scales) take
-of their bf16 bytes.
+Bytes are those of model.safetensors; "ternary" is the share that the packed ternary matrices (codes and scales) take of
+their bf16 bytes.
 """
 
 from __future__ import annotations

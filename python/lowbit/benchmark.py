@@ -5,6 +5,9 @@ A case is a verb on a matrix of one format and shape with a number of tokens (ga
   dram   on copies that together exceed `rotate_bytes`, in turn: every call reads its weights from memory
 Calls go through PackedMatrix, so a row is what a Python caller gets, output allocation included.
 
+Ternary matrices have one scale, as ternary models are trained, and are measured as trits ("trit") and held as int2 with
+zero point 1 ("trit-int2").
+
 Beside each timing a probe reads memory as fast as it can (`_C.read_bandwidth`), twice before and twice after.
 When the probes differ by more than BUSY_SPREAD of their median, or other processes needed CPUs that our
 threads were on, the row is timed again, up to ATTEMPTS times, the quietest attempt is kept, and if that one
@@ -23,10 +26,11 @@ from typing import Any
 
 import torch
 
-from lowbit import _C
-from lowbit.abi import FORMATS, empty_codes, normalise_group_size
+from lowbit import _C, abi
+from lowbit.abi import empty_codes, normalise_group_size
 from lowbit.matrix import PackedMatrix
 
+FORMATS = (*abi.FORMATS, "trit-int2")
 BUSY_SPREAD = 0.20
 BUSY_CPUS = 0.10
 ATTEMPTS = 3
@@ -38,7 +42,7 @@ _MAX_CALLS = 20_000
 class Plan:
     """What to measure. shape: (rows, cols) of the matrix; times in seconds, sizes in bytes."""
 
-    formats: Sequence[str] = tuple(FORMATS)
+    formats: Sequence[str] = FORMATS
     verbs: Sequence[str] = ("matmul", "gather")
     shape: tuple[int, int] = (4096, 4096)
     tokens: Sequence[int] = (1, 16, 128)
@@ -97,19 +101,27 @@ def measure(plan: Plan) -> Iterator[dict[str, Any]]:
 
 def _copies(name: str, plan: Plan) -> list[PackedMatrix]:
     """Enough copies of one random matrix to exceed rotate_bytes, in memory of lowbit's own (huge pages)."""
-    rows, cols = plan.shape
-    generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 1 << FORMATS[name], (rows, cols), dtype=torch.uint8, generator=generator)
-    groups = -(-cols // normalise_group_size(plan.group_size, cols))
-    scales = (torch.rand(rows, groups, generator=generator) / 100 + 0.001).half()
-    first = PackedMatrix.from_codes(codes, scales, format=name, group_size=plan.group_size)
+    first = _random_matrix(name, plan)
     copies = [first]
     for _ in range(1, -(-plan.rotate_bytes // first.nbytes)):
-        memory = empty_codes(rows, first.codes.shape[1]).copy_(first.codes)
-        copies.append(
-            PackedMatrix(memory, scales.clone(), format=name, cols=cols, group_size=plan.group_size, validate=False)
-        )
+        memory = empty_codes(first.rows, first.codes.shape[1]).copy_(first.codes)
+        sides = first.scales.clone(), None if first.zeros is None else first.zeros.clone()
+        layout = {"format": first.format, "cols": first.cols, "group_size": first.group_size}
+        copies.append(PackedMatrix(memory, *sides, **layout, validate=False))
     return copies
+
+
+def _random_matrix(name: str, plan: Plan) -> PackedMatrix:
+    generator = torch.Generator().manual_seed(0)
+    if name.startswith("trit"):
+        codes = torch.randint(3, plan.shape, dtype=torch.uint8, generator=generator)
+        trits = PackedMatrix.from_codes(codes, torch.full((1, 1), 0.01), format="trit")
+        return trits.repack("int2") if name == "trit-int2" else trits
+    rows, cols = plan.shape
+    codes = torch.randint(1 << abi.FORMATS[name], plan.shape, dtype=torch.uint8, generator=generator)
+    groups = -(-cols // normalise_group_size(plan.group_size, cols))
+    scales = (torch.rand(rows, groups, generator=generator) / 100 + 0.001).half()
+    return PackedMatrix.from_codes(codes, scales, format=name, group_size=plan.group_size)
 
 
 def _calls(verb: str, matrices: list[PackedMatrix], tokens: int, plan: Plan) -> tuple[list[Callable[[], Any]], int]:

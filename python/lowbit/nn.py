@@ -26,6 +26,7 @@ class PackedModule(nn.Module):
 
     Attributes:
         layout: format, columns and group size of the packed weight; None when the weight is float or absent.
+        stored_format: the format that the weight is saved in where it is held in another one; else None.
     """
 
     def __init__(self, rows: int, cols: int):
@@ -90,6 +91,7 @@ class PackedModule(nn.Module):
 
     def _clear(self) -> None:
         self.layout: Layout | None = None
+        self.stored_format: str | None = None
         self._held: PackedMatrix | None = None  # `packed`, while the tensors are those it was made from
         for name in ("weight", *_SIDE_TENSORS):
             self._parameters.pop(name, None)

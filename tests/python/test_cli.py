@@ -176,7 +176,7 @@ def test_a_reader_that_goes_away_is_no_error(model):
         ("quantize {model} -o {quantized}", "not empty (--force writes into it)"),
         ("quantize {model} -o {file}", "file: expected a folder, got a file"),
         ("quantize {quantized} -o {out}", "expected a model that is not quantized, got 'lowbit'"),
-        ("bench --format int5", "format: expected one of int2, int3, int4, int8, trit, got 'int5'"),
+        ("bench --format int5", "format: expected one of int2, int3, int4, int8, trit, trit-int2, got 'int5'"),
         ("bench --shape 64", "shape: expected ROWSxCOLS such as 4096x11008, got '64'"),
     ],
 )
@@ -477,6 +477,18 @@ def test_bench(capsys):
     assert rows[0]["bytes"] == 256 * (512 + 8 * 2)
     assert rows[2]["bytes"] == 2 * (512 + 8 * 2) + 2 * 1024 * 4
     assert len(re.findall(r"int4_\w+__\w+", captured.err)) == 4
+
+
+def test_bench_of_ternary_matrices_as_trits_and_as_int2(capsys):
+    words = ["bench", "--quick", "--shape", "64x640", "--verb", "matmul", "--tokens", "1", "--json"]
+    assert main([*words, "--format", "trit", "--format", "trit-int2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["format"], row["case"]) for row in rows] == [
+        ("trit", "warm"), ("trit", "dram"), ("trit-int2", "warm"), ("trit-int2", "dram"),
+    ]  # fmt: skip
+    assert [row["kernel"].partition("_")[0] for row in rows[::2]] == ["trit", "int2"]
+    assert [row["bytes"] for row in rows[::2]] == [64 * 2 * 64 + 4, 64 * 3 * 64 + 4 + 1]
+    assert {row["group_size"] for row in rows} == {640}
 
 
 def test_a_terminal_gets_colour_and_a_bar(capsys, monkeypatch, model, text):

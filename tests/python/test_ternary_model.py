@@ -1,4 +1,4 @@
-"""A model that was trained ternary, packed by `lowbit ternarize`: the matrices are those of its forward pass exactly."""
+"""A model trained ternary, packed by `lowbit ternarize`: its matrices are those of the forward pass, exactly."""
 
 import json
 import sysconfig

@@ -18,6 +18,7 @@ from . import bitnet, gptq, native
 from .safe_write import finish_interrupted, read_manifest, verify, write_files
 from .safetensors_map import INDEX, Weights, serialize
 from .strict_json import parse_json
+from .ternary_choice import CHOICES, hold_ternary
 
 FORMATS = ("lowbit", "gptq", "gptq_v2", "bitnet", "bitnet_auto")
 _GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -48,7 +49,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "enco
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
-def load(path: str | os.PathLike, *, in_memory: bool | None = None):
+def load(path: str | os.PathLike, *, in_memory: bool | None = None, ternary: str = "auto"):
     """The Transformers model in a folder, on the CPU, in evaluation mode; modules are packed where the files are so.
 
     The weights are mapped and used where they lie, so the model appears at once and other processes share its pages.
@@ -56,11 +57,15 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None):
     in_memory: True copies codes, a matrix at a time, to anonymous memory with huge pages, which decode-bound kernels
         read faster; False never does; None copies when the codes take 64 MiB or more, the system offers huge pages and
         the memory is available. Codes of GPTQ and BitNet checkpoints are always converted into memory.
+    ternary: how matrices stored as trits are held: "trit" as they are; "int2" converted, 2 bits a weight; "auto" by
+        what was measured (`ternary_choice`), and as trits where in_memory is False. Saving writes trits again.
     A save that was interrupted after its commit is completed first.
 
     Raises FileNotFoundError for a missing file, NotImplementedError for an unknown quant_method or width, and
     ValueError, naming the file and the tensor, for anything that is not as docs/formats.md says.
     """
+    if ternary not in CHOICES:
+        raise ValueError(f"ternary: expected one of {', '.join(CHOICES)}, got {ternary!r}")
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with config.json")
@@ -87,6 +92,7 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None):
         raise NotImplementedError(f"{where}: quant_method: expected lowbit, gptq or bitnet, got {method!r}")
     config.quantization_config = native.quantization_config(packed.entries)
     model, unexpected = integration.build_model(config, packed, folder)
+    hold_ternary(model, "trit" if ternary == "auto" and in_memory is False else ternary)
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
         warnings.warn(f"{folder}: {len(unexpected)} tensors that the model does not use: {shown}", stacklevel=2)

@@ -252,6 +252,7 @@ def describe(model: torch.nn.Module) -> tuple[dict, dict[str, torch.Tensor]]:
     for name, module, matrix in packed_modules(model):
         kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
         owner = owners.setdefault((matrix.codes.data_ptr(), matrix.scales.data_ptr(), matrix.shape), name)
+        matrix = matrix.repack(module.stored_format or matrix.format)
         entry = ModuleEntry(
             matrix.format,
             matrix.cols,

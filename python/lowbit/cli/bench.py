@@ -12,14 +12,19 @@ from lowbit.cli.terminal import DebugOption, Terminal, ThreadsOption
 
 def bench(
     format: Annotated[
-        list[str] | None, typer.Option(help="int2, int3, int4, int8; repeatable. All by default.")
+        list[str] | None,
+        typer.Option(
+            help="int2, int3, int4, int8, trit, trit-int2 (ternary held as int2); repeatable. All by default."
+        ),
     ] = None,
     verb: Annotated[list[str] | None, typer.Option(help="matmul, gather; repeatable. Both by default.")] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens of a matmul, ids of a gather; repeatable.")
     ] = None,
     shape: Annotated[str | None, typer.Option(help="Rows and columns (out and in features), as 4096x11008.")] = None,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale; -1: the whole row.")] = 128,
+    group_size: Annotated[
+        int, typer.Option(help="Columns that share a scale; -1: the whole row. Ternary: one scale.")
+    ] = 128,
     activations: Annotated[str, typer.Option(help="float (16-bit fixed point) or int8.")] = "float",
     dtype: Annotated[str, typer.Option(help="Type of inputs and outputs: float32, bfloat16 or float16.")] = "float32",
     threads: ThreadsOption = 0,
@@ -51,7 +56,7 @@ def bench(
     set_threads(threads)
     quick_sizes = {"rotate_bytes": 64_000_000, "probe_bytes": 128 << 20, "seconds": 0.05}
     plan = benchmark.Plan(
-        formats=format or tuple(benchmark.FORMATS),
+        formats=format or benchmark.FORMATS,
         verbs=verb or ("matmul", "gather"),
         shape=_parse_shape(shape) if shape else (1024, 1024) if quick else (4096, 4096),
         tokens=tokens or ((1, 16) if quick else (1, 16, 128)),
@@ -71,7 +76,7 @@ def bench(
     numbers = ("tokens", "µs", "GB/s", "probe", "share")
     table = terminal.stream(
         ("verb", "format", "tokens", "case", "µs", "GB/s", "probe", "share", "kernel", ""),
-        (6, 6, 6, 4, 9, 6, 6, 5, max(map(len, kernels)), 0),
+        (6, 9, 6, 4, 9, 6, 6, 5, max(map(len, kernels)), 0),
         numbers,
     )
     busy = 0

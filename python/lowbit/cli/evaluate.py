@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, ThreadsOption
+from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, TernaryOption, ThreadsOption
 
 
 def evaluate(
@@ -18,6 +18,7 @@ def evaluate(
     context: Annotated[int, typer.Option(min=0, help="Tokens a window; 0: the model's maximum, at most 2048.")] = 0,
     max_windows: Annotated[int, typer.Option(min=0, help="Stop after so many windows; 0: the whole text.")] = 0,
     dtype: DtypeOption = "auto",
+    ternary: TernaryOption = "auto",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -38,7 +39,7 @@ def evaluate(
     texts, source = read_texts(text)
     torch_options.set_threads(threads)
     tokens = encode(torch_options.load_tokenizer(folder), texts)
-    loaded = torch_options.load_model(folder, dtype)
+    loaded = torch_options.load_model(folder, dtype, ternary)
     reference = torch_options.load_model(reference_folder, dtype) if reference_folder else None
     terminal.line("text", f"{source} · {len(tokens):,} tokens")
     figures = measure(terminal, loaded, tokens, reference, context, max_windows)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, ThreadsOption
+from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, TernaryOption, ThreadsOption
 
 
 def generate(
@@ -18,6 +18,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers, when temperature is above 0.")] = 0,
     dtype: DtypeOption = "auto",
+    ternary: TernaryOption = "auto",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -33,7 +34,7 @@ def generate(
     folder = torch_options.model_folder(model)
     torch_options.set_threads(threads)
     tokenizer = torch_options.load_tokenizer(folder)
-    loaded = torch_options.load_model(folder, dtype)
+    loaded = torch_options.load_model(folder, dtype, ternary)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():

@@ -23,6 +23,10 @@ DtypeOption = Annotated[
     str,
     typer.Option(help="Type of activations and of unquantized weights: auto (as stored), float32, bfloat16, float16."),
 ]
+TernaryOption = Annotated[
+    str,
+    typer.Option(help="Ternary matrices in memory: trit (1.6 bits), int2 (2 bits), auto (by what was measured)."),
+]
 
 PLAIN_SECONDS = 5.0
 _LABEL_WIDTH = 10

@@ -45,13 +45,14 @@ def model_folder(name: str) -> Path:
     raise FileNotFoundError(f"{name}: no such model folder")
 
 
-def load_model(folder: Path, dtype: str = "auto") -> torch.nn.Module:
-    """The causal language model in a folder, packed or plain, ready to run. dtype "auto": as stored."""
+def load_model(folder: Path, dtype: str = "auto", ternary: str = "auto") -> torch.nn.Module:
+    """The causal language model in a folder, packed or plain, ready to run. dtype "auto": as stored; ternary: see
+    lowbit.load."""
     wanted = None if dtype == "auto" else parse_dtype(dtype)
     _quiet_transformers()
     import lowbit
 
-    model = lowbit.load(folder)
+    model = lowbit.load(folder, ternary=ternary)
     if wanted is not None:
         _cast(model, wanted)
     return model
