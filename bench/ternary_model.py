@@ -7,7 +7,8 @@ Model: tests/data/tiny-ternary-code (Llama, 4 blocks, width 256; attention and M
 the forward pass, latent weights stored in bf16; the head is tied to the embedding, and both stay floats). Its forward
 pass at run time is that of lowbit.prepare_ternary_training; every row is compared with it: distance of logits, KL
 divergence, perplexity. Measured as bench/quality.py does, on the standard-library modules that its training left out,
-in windows of 256 tokens. "latent weights" is the model with weight_quant forgotten.
+in windows of 256 tokens. "latent weights" is the model with weight_quant forgotten, "trit" and "int2" the packed one as
+the two ways of holding it.
 
 Bytes are those of model.safetensors; "ternary" is the share that the packed ternary matrices (codes and scales) take of
 their bf16 bytes.
@@ -28,6 +29,7 @@ import transformers
 
 import lowbit
 from lowbit.checkpoint.native import packed_modules
+from lowbit.cli.torch_options import load_model
 from lowbit.evaluate import evaluate
 
 MODEL = Path(__file__).parents[1] / "tests" / "data" / "tiny-ternary-code"
@@ -41,20 +43,26 @@ def dense(dtype: torch.dtype) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
 
 
-def packed(folder: str, dtype: torch.dtype, activations: str) -> tuple[torch.nn.Module, dict[str, float]]:
-    """The packed model as it loads from a file, and its sizes."""
-    model = dense(dtype)
-    report = lowbit.quantize(model, recipe=lowbit.Recipe(activations=activations, **RECIPE))
+def pack(folder: Path) -> dict[str, float]:
+    """Writes the packed model; its sizes."""
+    model = dense(torch.bfloat16)
+    report = lowbit.quantize(model, recipe=lowbit.Recipe(**RECIPE))
     lowbit.save(model, folder)
     weights = sum(rows * cols for rows, cols in (row["shape"] for row in report.modules))
     ternary = sum(matrix.nbytes for _, _, matrix in packed_modules(model))
-    sizes = {
-        "file_bytes": (Path(folder) / "model.safetensors").stat().st_size,
+    return {
+        "file_bytes": (folder / "model.safetensors").stat().st_size,
         "ternary_weights": weights,
         "ternary_bytes": ternary,
         "ternary_ratio": ternary / (2 * weights),
     }
-    return lowbit.load(folder), sizes
+
+
+def packed(folder: Path, dtype: torch.dtype, form: str, activations: str) -> torch.nn.Module:
+    model = load_model(folder, str(dtype).removeprefix("torch."), form)
+    for _, module, _ in packed_modules(model):
+        module.activations = activations
+    return model
 
 
 def twice(dtype: torch.dtype) -> bool:
@@ -83,18 +91,22 @@ def measure() -> list[dict]:
     text = "".join((library / name).read_text("utf-8") for name in held_out)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     rows = []
-    for dtype in DTYPES:
-        reference = dense(dtype)
-        trained = lowbit.prepare_ternary_training(reference)
-        file_bytes = (MODEL / "model.safetensors").stat().st_size
-        subjects = {
-            "weight_quant at run time": (reference, {"file_bytes": file_bytes}),
-            "latent weights": (dense(dtype), {"file_bytes": file_bytes}),
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            for mode in ("float", "int8"):
-                subjects[f"packed, {mode} activations"] = packed(f"{folder}/{mode}", dtype, mode)
-            for subject, (model, sizes) in subjects.items():
+    stored = {"file_bytes": (MODEL / "model.safetensors").stat().st_size}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = pack(folder)
+        for dtype in DTYPES:
+            reference = dense(dtype)
+            trained = lowbit.prepare_ternary_training(reference)
+            subjects = {
+                "weight_quant at run time": (reference, stored),
+                "latent weights": (dense(dtype), stored),
+                **{
+                    f"{form}, {mode} activations": (packed(folder, dtype, form, mode), sizes)
+                    for form, mode in (("trit", "float"), ("int2", "float"), ("trit", "int8"))
+                },
+            }
+            for subject, (model, bytes_of) in subjects.items():
                 result = evaluate(model, ids, reference=reference, context=CONTEXT)
                 rows.append(
                     {
@@ -106,7 +118,7 @@ def measure() -> list[dict]:
                         "kl_divergence": result.kl_divergence,
                         "top1_agreement": result.top1_agreement,
                         "logits_distance": distance(model, reference, ids),
-                        **sizes,
+                        **bytes_of,
                     }
                 )
     return rows

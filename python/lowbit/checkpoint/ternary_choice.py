@@ -16,8 +16,8 @@ activations, one scale a matrix, one thread, weights in the caches, AMD family 2
 --format trit --format trit-int2` shows both on a machine and shape of one's own.
 
 So int2 is taken where rows are so short that it needs no more lines than trits do: there it is faster for nothing.
-With 23% more bytes it loses at many tokens what it gains at one. At 2048 columns it is faster for 14% more memory, which is
-left to those who ask for it: the bytes are why a model is ternary.
+With 23% more bytes it loses at many tokens what it gains at one. At 2048 columns it is faster for 14% more memory,
+which is left to those who ask for it: the bytes are why a model is ternary.
 """
 
 import torch
