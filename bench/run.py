@@ -1,7 +1,7 @@
 """Everything that the README states: python bench/run.py [--python PEERS], about 20 minutes on two cores.
 
-Runs matmul, gather, model and quality one after the other (the first three with their peers in the same run), writes
-results/<machine>/*.json and, with --write, the README's tables from them.
+Runs matmul, gather, model, quality and ternary_model one after the other (the first three with their peers in the same
+run), writes results/<machine>/*.json and, with --write, the README's tables from them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 import harness
 
-BENCHES = ("matmul", "gather", "model", "quality")
+BENCHES = ("matmul", "gather", "model", "quality", "ternary_model")
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     results = []
     for bench in options.only:
         output = harness.RESULTS / harness.machine_name(harness.machine()) / f"{bench}.json"
-        written = ["--json" if bench == "quality" else "--output", str(output)]
+        written = ["--json" if bench in ("quality", "ternary_model") else "--output", str(output)]
         command = [sys.executable, str(folder / f"{bench}.py"), *written]
         command += ["--python", options.python] if bench in ("matmul", "gather") else []
         subprocess.run(command, check=True, env=environment)

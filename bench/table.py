@@ -145,7 +145,34 @@ def quality(contents: dict) -> str:
     return grid(header + variants + list(elsewhere), lines)
 
 
-TABLES = {"matmul": matmul, "gather": gather, "model": model, "quality": quality}
+def ternary_model(contents: dict) -> str:
+    header = [
+        contents["settings"]["model"],
+        "dtype",
+        "perplexity",
+        "rise",
+        "KL",
+        "logits",
+        "file bytes",
+        "ternary to bf16",
+    ]
+    lines = [
+        [
+            row["subject"],
+            row["dtype"],
+            f"{row['perplexity']:.3f}",
+            f"{row['increase_percent']:+.4f}%",
+            f"{row['kl_divergence']:.1e}",
+            f"{row['logits_distance']:.0e}",
+            f"{row['file_bytes']:,}",
+            f"{row['ternary_ratio']:.4f}" if "ternary_ratio" in row else "",
+        ]
+        for row in contents["rows"]
+    ]
+    return grid(header, lines)
+
+
+TABLES = {"matmul": matmul, "gather": gather, "model": model, "quality": quality, "ternary_model": ternary_model}
 
 
 def markdown(documents: list[dict]) -> str:
