@@ -129,7 +129,7 @@ class _Weights:
 MATMUL = [
     Matmul("ggml Q4_0 repacked", 4, True, partial(_Weights, "q4_0", True, False)),
     Matmul("ggml Q4_K", 4, True, partial(_Weights, "q4_K", True, False)),
-    Matmul("ggml Q8_0", 8, True, partial(_Weights, "q8_0", True, False)),
+    Matmul("ggml Q8_0", 8, True, partial(_Weights, "q8_0", False, False)),
     Matmul("ggml TQ1_0", 1.69, True, partial(_Weights, "tq1_0", False, True), ternary=True),
     Matmul("ggml TQ2_0", 2.06, True, partial(_Weights, "tq2_0", False, True), ternary=True),
 ]

@@ -24,7 +24,8 @@ typedef struct {
   struct ggml_cgraph** graph;  // one a copy, all of the same x
 } Products;
 
-// The buffer of repacked weights, where this CPU and type have one: the layout that llama.cpp itself would choose.
+// The buffer of repacked weights, the layout that llama.cpp itself chooses on x86 for Q4_0 and Q4_K (a type without one
+// must not be put into it).
 static ggml_backend_buffer_type_t repacked(ggml_backend_t backend) {
   ggml_backend_dev_t device = ggml_backend_get_device(backend);
   ggml_backend_reg_t reg = device ? ggml_backend_dev_backend_reg(device) : NULL;
