@@ -72,13 +72,24 @@ def calibration(number: int) -> list[str]:
     return [text[len(head) :] for text, head in zip(calibration_text((number + 1) * CHARACTERS), before, strict=True)]
 
 
-def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]], texts: int = 1) -> list[dict]:
-    """One row a size, variant and calibration text; each is printed to standard error when it is known."""
+def held_out_ids(folder: Path, tokenizer: object) -> torch.Tensor:
+    """The text that the model's training left out, as ids [T]."""
     library = Path(sysconfig.get_paths()["stdlib"])
     held_out = json.loads((folder / "training.json").read_text())["held_out_files"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "".join((library / name).read_text("utf-8") for name in held_out)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+
+
+def bits_per_weight(report: lowbit.quantize.Report) -> float:
+    """Of the quantized matrices, with scales and padding."""
+    weights = sum(row["shape"][0] * row["shape"][1] for row in report.modules)
+    return sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in report.modules) / weights
+
+
+def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]], texts: int = 1) -> list[dict]:
+    """One row a size, variant and calibration text; each is printed to standard error when it is known."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = held_out_ids(folder, tokenizer)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
     rows = []
@@ -88,14 +99,12 @@ def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]],
             recipe = lowbit.Recipe(bits=bits, group_size=group_size, **change)
             report = lowbit.quantize(model, calibration(number), recipe, tokenizer=tokenizer, context=CONTEXT)
             result = evaluate(model, ids, reference=reference, context=CONTEXT)
-            weights = sum(row["shape"][0] * row["shape"][1] for row in report.modules)
-            packed = sum(row["bits_per_weight"] * row["shape"][0] * row["shape"][1] for row in report.modules)
             rows.append(
                 {
                     "bits": bits,
                     "group_size": group_size,
                     "variant": variant,
-                    "bits_per_weight": packed / weights,
+                    "bits_per_weight": bits_per_weight(report),
                     "perplexity": result.perplexity,
                     "reference_perplexity": result.reference_perplexity,
                     "increase_percent": 100 * (result.perplexity / result.reference_perplexity - 1),

@@ -113,11 +113,11 @@ def test_stages_share_hessians_and_run_in_order():
 
 
 def test_one_hessian_for_each_distinct_input(monkeypatch):
-    from lowbit.quantize import run
+    from lowbit.quantize import packing
 
     made = []
-    original = run.prepare_factor
-    monkeypatch.setattr(run, "prepare_factor", lambda h, **kw: made.append(h.shape[0]) or original(h, **kw))
+    original = packing.prepare_factor
+    monkeypatch.setattr(packing, "prepare_factor", lambda h, **kw: made.append(h.shape[0]) or original(h, **kw))
     recipe = Recipe(group_size=32, rules={r".*\.1\..*": "skip"})
     expected = {"llama": [64, 64, 64, 96], "phi": [64, 64, 96], "gpt2": [64, 64, 64, 256]}
     for architecture, inputs in expected.items():
@@ -454,12 +454,12 @@ def test_nothing_but_the_weights_is_changed():
 
 
 def test_hooks_are_gone_after_an_error(monkeypatch):
-    from lowbit.quantize import run
+    from lowbit.quantize import packing
 
     def fail(*_args, **_kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run, "solve", fail)
+    monkeypatch.setattr(packing, "solve", fail)
     model = build("llama")
     model.train()
     with pytest.raises(RuntimeError, match="out of memory"):
