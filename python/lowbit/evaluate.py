@@ -132,10 +132,10 @@ def evaluate(
     for module, _ in was_training:
         module.eval()
     try:
-        total = _Totals()
+        total = Totals()
         for done, ids in enumerate(pieces, 1):
-            logits, seconds = _forward(model, ids)
-            reference_logits, reference_seconds = _forward(reference, ids) if reference is not None else (None, 0.0)
+            logits, seconds = forward(model, ids)
+            reference_logits, reference_seconds = forward(reference, ids) if reference is not None else (None, 0.0)
             total.add(ids.to(logits.device), logits, reference_logits)
             total.seconds += seconds
             total.reference_seconds += reference_seconds
@@ -145,33 +145,32 @@ def evaluate(
         for module, mode in was_training:
             module.train(mode)
 
-    read = sum(piece.numel() for piece in pieces)
     figures: dict[str, Any] = {}
     if reference is not None:
         figures = {
-            "reference_perplexity": _exp(total.reference_nll / total.tokens),
+            "reference_perplexity": total.reference_perplexity,
             "reference_bytes": model_bytes(reference),
-            "reference_tokens_per_second": read / total.reference_seconds,
-            "kl_divergence": total.kl / read,
-            "top1_agreement": total.agreed / read,
+            "reference_tokens_per_second": total.positions / total.reference_seconds,
+            "kl_divergence": total.kl_divergence,
+            "top1_agreement": total.top1_agreement,
         }
     return Evaluation(
-        perplexity=_exp(total.nll / total.tokens),
+        perplexity=total.perplexity,
         tokens=total.tokens,
-        positions=read,
+        positions=total.positions,
         windows=len(pieces),
         context=context,
         bytes=model_bytes(model),
-        tokens_per_second=read / total.seconds,
+        tokens_per_second=total.positions / total.seconds,
         **figures,
     )
 
 
-class _Totals:
+class Totals:
     """Sums over windows, in Python floats (float64)."""
 
     def __init__(self) -> None:
-        self.tokens = self.agreed = 0
+        self.tokens = self.positions = self.agreed = 0
         self.nll = self.reference_nll = self.kl = self.seconds = self.reference_seconds = 0.0
 
     def add(self, ids: torch.Tensor, logits: torch.Tensor, reference: torch.Tensor | None) -> None:
@@ -180,6 +179,7 @@ class _Totals:
         if reference is not None and reference.shape != logits.shape:
             raise ValueError(f"reference: expected a vocabulary of {vocabulary}, got {reference.shape[1]}")
         self.tokens += ids.numel() - 1
+        self.positions += ids.numel()
         rows = max(1, _CHUNK_ELEMENTS // vocabulary)
         for begin in range(0, ids.numel(), rows):
             part = slice(begin, begin + rows)
@@ -197,13 +197,29 @@ class _Totals:
                 self.kl += terms.sum(-1).double().sum().item()
                 self.agreed += int((log_p.argmax(-1) == log_r.argmax(-1)).sum())
 
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.nll / self.tokens)
+
+    @property
+    def reference_perplexity(self) -> float:
+        return _exp(self.reference_nll / self.tokens)
+
+    @property
+    def kl_divergence(self) -> float:
+        return self.kl / self.positions
+
+    @property
+    def top1_agreement(self) -> float:
+        return self.agreed / self.positions
+
 
 def _nll(log_probabilities: torch.Tensor, targets: torch.Tensor) -> float:
     scored = log_probabilities[: targets.numel()]
     return -scored.gather(1, targets[:, None]).double().sum().item()
 
 
-def _forward(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+def forward(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Logits [n, vocabulary] of one window and the seconds it took."""
     device = next(chain(model.parameters(), model.buffers())).device
     batch = ids[None].to(device)

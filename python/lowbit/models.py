@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -143,6 +144,19 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     model.get_submodule(name)
     parent, _, attribute = name.rpartition(".")
     model.get_submodule(parent)._modules[attribute] = new
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`with replaced(model, {full name: module})`: those modules for a while, the model's own again afterwards."""
+    before = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        replace_module(model, name, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
 
 
 def patch(

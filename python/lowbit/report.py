@@ -22,6 +22,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,10 @@ def to_html(report: dict[str, Any]) -> str:
         if report[name]:
             rows = [(key.replace("_", " "), _setting(value)) for key, value in report[name].items()]
             body += [f"<h2>{name.capitalize()}</h2>", _table((), rows, words=(1,))]
+    return _page(title, body)
+
+
+def _page(title: str, body: Sequence[str]) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -154,6 +159,47 @@ def to_html(report: dict[str, Any]) -> str:
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
+
+
+def sensitivity_to_html(report: dict[str, Any]) -> str:
+    """The page of a sensitivity report: a dict of model, version, formats, by, modules, groups and perplexity as
+    `lowbit.quantize.sensitivity.Sensitivity` has them, pareto [{bytes, loss}, ...], measure (what the loss is) and
+    choice (None, or what a budget chose: bytes, loss)."""
+    title = f"Sensitivity of {report['model']}"
+    body = [f"<h1>{escape(title)}</h1>", f'<p class="faint">measured by lowbit {escape(str(report["version"]))}</p>']
+    figure, name = ("kl_divergence", "group") if report["groups"] else ("relative_error", "name")
+    rows = [row for row in report["groups"] or report["modules"] if row[figure] is not None]
+    if report["groups"]:
+        curves: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
+        for row in sorted(rows, key=lambda row: row["bits_per_weight"]):
+            curves[row[name]].append((row["bits_per_weight"], row[figure], f"{row[name]} as {row['format']}"))
+        body += [
+            "<h2>KL divergence with one group quantized</h2>",
+            f'<p class="faint">Everything else as it is (perplexity {human_figure(report["perplexity"])}). '
+            "Logarithmic.</p>",
+            f'<div class="wide">{size_chart(curves, "bits a weight", "KL divergence")}</div>',
+        ]
+    for label in [] if report["groups"] else report["formats"]:
+        chart = error_chart([row for row in rows if row["format"] == label])
+        body += [f"<h2>Relative error as {escape(label)}</h2>", f'<div class="wide">{chart}</div>'] if chart else []
+    curve = [(point["bytes"] / 1e6, point["loss"], human_bytes(point["bytes"])) for point in report["pareto"]]
+    curves = {"best of its size": curve}
+    if choice := report["choice"]:
+        curves["chosen"] = [(choice["bytes"] / 1e6, choice["loss"], human_bytes(choice["bytes"]))]
+    body += [
+        "<h2>What bytes buy</h2>",
+        f'<p class="faint">Loss over the bytes of the modules measured: {escape(report["measure"])}. Logarithmic.</p>',
+        f'<div class="wide">{size_chart(curves, "MB", "loss")}</div>',
+        "<h2>Table</h2>",
+    ]
+    found = {(row[name], row["format"]): row for row in rows}
+    cells = [
+        (each, *(human_figure(found[each, label][figure]) if (each, label) in found else "-" for label in labels))
+        for labels in [report["formats"]]
+        for each in dict.fromkeys(row[name] for row in rows)
+    ]
+    body.append(_table((name, *report["formats"]), cells, report["formats"]))
+    return _page(title, body)
 
 
 _ERROR_EXPLAINED = (
@@ -254,39 +300,88 @@ def error_chart(modules: Sequence[dict[str, Any]]) -> str:
         return ""
     layers = sorted({layer for points in kinds.values() for layer in points})
     errors = [error for points in kinds.values() for at in points.values() for error, _ in at]
-    low, high = _axis_limits(min(errors), max(errors))
+    curves = {
+        kind: _Curve(
+            [(layer, sum(error for error, _ in at) / len(at)) for layer, at in sorted(points.items())],
+            [(layer, error, name) for layer, at in sorted(points.items()) for error, name in at],
+        )
+        for kind, points in kinds.items()
+    }
+    marks = layers[:: math.ceil(len(layers) / 24)]
+    return _chart(
+        curves, (layers[0], layers[-1]), _axis_limits(min(errors), max(errors)), marks, "layer", "relative error"
+    )
 
-    def x(layer: int) -> float:
-        share = (layer - layers[0]) / (layers[-1] - layers[0]) if len(layers) > 1 else 0.5
+
+def size_chart(curves: dict[str, Sequence[tuple[float, float, str]]], across: str, up: str) -> str:
+    """Losses over sizes as SVG, one line a curve of points (size, loss, name); "" without a positive loss. Losses that
+    are not positive are no points. across, up: what is on the axes."""
+    shown = {
+        label: [point for point in points if point[1] > 0 and math.isfinite(point[1])]
+        for label, points in curves.items()
+    }
+    shown = {label: points for label, points in shown.items() if points}
+    if not shown:
+        return ""
+    sizes = [size for points in shown.values() for size, _, _ in points]
+    losses = [loss for points in shown.values() for _, loss, _ in points]
+    step = (max(sizes) - min(sizes)) / 8 or 1
+    unit = 10 ** math.floor(math.log10(step))
+    unit *= next(factor for factor in (1, 2, 5, 10) if factor * unit >= step)
+    marks = [m * unit for m in range(math.ceil(min(sizes) / unit), math.floor(max(sizes) / unit) + 1)]
+    drawn = {label: _Curve([point[:2] for point in points], points) for label, points in shown.items()}
+    limits = _axis_limits(min(losses), max(losses))
+    return _chart(drawn, (min(sizes), max(sizes)), limits, marks, across, up)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A line through points (x, y), and dots (x, y, name)."""
+
+    line: Sequence[tuple[float, float]]
+    dots: Sequence[tuple[float, float, str]]
+
+
+def _chart(
+    curves: dict[str, _Curve],
+    across: tuple[float, float],
+    limits: tuple[float, float],
+    marks: Sequence[float],
+    x_label: str,
+    y_label: str,
+) -> str:
+    """Curves over a linear x with marks and a logarithmic y between limits, and their key."""
+    low, high = limits
+
+    def x(value: float) -> float:
+        share = (value - across[0]) / (across[1] - across[0]) if across[1] > across[0] else 0.5
         return round(_LEFT + 14 + share * (_WIDTH - _LEFT - _RIGHT - 28), 1)
 
-    def y(error: float) -> float:
-        share = (math.log10(error) - math.log10(low)) / (math.log10(high) - math.log10(low))
+    def y(value: float) -> float:
+        share = (math.log10(value) - math.log10(low)) / (math.log10(high) - math.log10(low))
         return round(_HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM), 1)
 
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-    # More kinds than fit beside the plot: the picture grows downwards with its key.
-    height = max(_HEIGHT, _TOP + 20 + 20 * len(kinds))
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="relative error by layer">']
+    # More curves than fit beside the plot: the picture grows downwards with its key.
+    height = max(_HEIGHT, _TOP + 20 + 20 * len(curves))
+    label = f"{escape(y_label)} by {escape(x_label)}"
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{label}">']
     for tick in _ticks(low, high):
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y(tick)}" y2="{y(tick)}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4}" text-anchor="end">{tick:g}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    for layer in layers[:: math.ceil(len(layers) / 24)]:
-        parts.append(f'<text x="{x(layer)}" y="{bottom + 18}" text-anchor="middle">{layer}</text>')
-    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">layer</text>')
-
-    for index, (kind, points) in enumerate(kinds.items()):
+    for mark in marks:
+        parts.append(f'<text x="{x(mark)}" y="{bottom + 18}" text-anchor="middle">{mark:g}</text>')
+    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    for index, (kind, curve) in enumerate(curves.items()):
         colour, dash = _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
         stroke = f'stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"'
-        means = {layer: sum(error for error, _ in at) / len(at) for layer, at in sorted(points.items())}
-        line = " ".join(f"{x(layer)},{y(mean)}" for layer, mean in means.items())
+        line = " ".join(f"{x(at)},{y(value)}" for at, value in curve.line)
         parts.append(f'<polyline points="{line}" fill="none" {stroke}/>')
         parts += [
-            f'<circle cx="{x(layer)}" cy="{y(error)}" r="3" fill="{colour}">'
-            f"<title>{escape(name)}: {error:.3g}</title></circle>"
-            for layer, at in sorted(points.items())
-            for error, name in at
+            f'<circle cx="{x(at)}" cy="{y(value)}" r="3" fill="{colour}">'
+            f"<title>{escape(name)}: {value:.3g}</title></circle>"
+            for at, value, name in curve.dots
         ]
         key = _TOP + 8 + 20 * index
         parts.append(f'<line x1="{right + 16}" x2="{right + 36}" y1="{key}" y2="{key}" {stroke}/>')

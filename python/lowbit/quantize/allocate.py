@@ -145,7 +145,7 @@ def _hull(item: Item) -> list[Option]:
     for option in sorted(item.options, key=lambda o: (o.bytes, o.loss)):
         if hull and option.loss >= hull[-1].loss:
             continue  # as many bytes or more for nothing
-        while len(hull) > 1 and _saved_a_byte(hull[-1], option) >= _saved_a_byte(hull[-2], hull[-1]):
+        while len(hull) > 1 and _saved_a_byte(hull[-1], option) > _saved_a_byte(hull[-2], hull[-1]):
             hull.pop()
         hull.append(option)
     return hull

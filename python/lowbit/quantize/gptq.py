@@ -208,14 +208,14 @@ def relative_output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) ->
     """sqrt(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)) for weight and quantized [N, K], hessian [K, K]; 0 without error, inf when only
     the quantized weights have an output."""
     hessian = hessian.detach().to("cpu", torch.float32)
-    error = _output_energy(quantized.float() - weight.float(), hessian)
-    energy = _output_energy(weight.float(), hessian)
+    error = output_energy(quantized.float() - weight.float(), hessian)
+    energy = output_energy(weight.float(), hessian)
     if error == 0:
         return 0.0
     return float("inf") if energy == 0 else (error / energy) ** 0.5
 
 
-def _output_energy(w: Tensor, hessian: Tensor) -> float:
+def output_energy(w: Tensor, hessian: Tensor) -> float:
     """tr(w H wᵀ), at least 0; half of H's blocks suffice, because it is symmetric."""
     total, step = 0.0, 512
     for i in range(0, len(hessian), step):

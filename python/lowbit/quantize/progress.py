@@ -30,6 +30,9 @@ class Progress:
     def on_done(self, report: Any) -> None:
         """report: the finished `Report`."""
 
+    def on_window(self, done: int, total: int) -> None:
+        """`sensitivity.measure` only: windows on which groups of modules have been measured."""
+
 
 class PlainProgress(Progress):
     """One line an event, for logs and pipes. stream: default standard error."""

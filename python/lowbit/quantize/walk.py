@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.models import find_blocks, find_targets, replace_module
+from lowbit.models import find_blocks, find_targets, replaced
 from lowbit.quantize.calibration import token_windows
 from lowbit.quantize.correction import LEAST_TOKENS, Drift
 from lowbit.quantize.hessian import Hessian
@@ -110,7 +110,7 @@ class Walk:
                 self.stages(partial(replay.run, i), inside[step.name], original=original and partial(original.run, i))
                 replay.advance(i)
                 if original:
-                    with self._as_they_were():
+                    with replaced(self.model, self.originals or {}):
                         original.advance(i)
                     done = _prefix(step.name)
                     self.originals = {n: m for n, m in self.originals.items() if not n.startswith(done)}
@@ -190,7 +190,7 @@ class Walk:
                 before[name] = x.clone()  # a model may go on to change its tensors in place
 
             if drifts:
-                with self._as_they_were():
+                with replaced(self.model, self.originals or {}):
                     _each_input(original, batch, {name: modules[name] for name in drifts}, keep, stop_early)
 
             def add(name: str, x: torch.Tensor, before=before, ids=ids) -> None:
@@ -208,19 +208,6 @@ class Walk:
         """An empty drift for every group of a stage with a module to correct."""
         wanted = [group for group in stage if any(corrects(self.left[name]) for name in group)]
         return {group[0]: Drift(self.left[group[0]].shape[1]) for group in wanted}
-
-    @contextmanager
-    def _as_they_were(self) -> Iterator[None]:
-        """For a while, what has been packed of the current block as it was."""
-        originals = self.originals or {}
-        packed = {name: self.model.get_submodule(name) for name in originals}
-        for name, module in originals.items():
-            replace_module(self.model, name, module)
-        try:
-            yield
-        finally:
-            for name, module in packed.items():
-                replace_module(self.model, name, module)
 
 
 def _prefix(block: str) -> str:
