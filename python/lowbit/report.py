@@ -194,8 +194,7 @@ def sensitivity_to_html(report: dict[str, Any]) -> str:
     ]
     found = {(row[name], row["format"]): row for row in rows}
     cells = [
-        (each, *(human_figure(found[each, label][figure]) if (each, label) in found else "-" for label in labels))
-        for labels in [report["formats"]]
+        (each, *(human_figure(found.get((each, label), {}).get(figure)) for label in report["formats"]))
         for each in dict.fromkeys(row[name] for row in rows)
     ]
     body.append(_table((name, *report["formats"]), cells, report["formats"]))

@@ -146,7 +146,7 @@ def _describe(error: Exception) -> str:
 def _app():
     import typer
 
-    from lowbit.cli import bench, doctor, evaluate, generate, inspect, quantize, ternarize
+    from lowbit.cli import bench, doctor, evaluate, generate, inspect, quantize, sensitivity, ternarize
     from lowbit.cli.terminal import DebugOption
 
     app = typer.Typer(
@@ -176,6 +176,7 @@ def _app():
 
     app.command("quantize")(quantize.quantize)
     app.command("ternarize")(ternarize.ternarize)
+    app.command("sensitivity")(sensitivity.sensitivity)
     app.command("inspect")(inspect.inspect)
     app.command("eval")(evaluate.evaluate)
     app.command("generate")(generate.generate)

@@ -10,8 +10,11 @@ import typer
 from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, ThreadsOption
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lowbit.cli.terminal import Progress
     from lowbit.quantize import Plan, Recipe, Report
+    from lowbit.quantize.allocate import Budget
 
 FORMATS = ("lowbit", "gptq", "gptq_v2", "bitnet", "bitnet_auto")
 
@@ -43,12 +46,17 @@ FormatOption = Annotated[
     str,
     typer.Option(help="lowbit; gptq or gptq_v2 for other tools; bitnet or bitnet_auto for ternary in Transformers."),
 ]
+FormatsOption = Annotated[
+    str,
+    typer.Option(help="What --budget chooses from: widths, or changes as rules have them, 'trit,2:g64,8'; 16: as is."),
+]
 TextOption = Annotated[list[str] | None, typer.Option(help="Evaluate on this UTF-8 text file afterwards; repeatable.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")]
 ReportOption = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html and report.json to OUT.")]
 
 
 def quantize(
+    invocation: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Folder of the model, or its name on the Hugging Face hub.", metavar="MODEL")
     ],
@@ -65,6 +73,17 @@ def quantize(
     head_bits: HeadBitsOption = "16",
     embed_bits: EmbedBitsOption = "16",
     rule: RuleOption = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with all of the recipe, as sensitivity -o writes it, instead of its options."),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Choose a format for every module: '2.5bits' a weight, or '120MB' for the whole model; rules go first."
+        ),
+    ] = None,
+    formats: FormatsOption = "trit,2,3,4,8",
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, without calibration.")] = "gptq",
     order: Annotated[str, typer.Option(help="Column order of the solver: none, act or gar.")] = "gar",
     damp: Annotated[float, typer.Option(help="Share of the Hessian's mean diagonal added to it.")] = 0.01,
@@ -89,29 +108,39 @@ def quantize(
     """Quantize a model with GPTQ and write it, with a report."""
     terminal = Terminal(json)
     check_output(output, model, force, format)
+    _check_alone(invocation, "recipe", (*_WIDTHS, "rule", "budget", "formats", *_RECIPE_OPTIONS))
+    _check_alone(invocation, "budget", _WIDTHS)
 
     import lowbit
+    from lowbit.quantize.allocate import parse_budget
 
-    recipe = lowbit.Recipe(
-        bits=width(bits),
-        group_size=group_size,
-        symmetric=symmetric,
-        head_bits=width(head_bits),
-        embed_bits=width(embed_bits),
-        rules=rule or {},
-        method=method,
-        order=order,
-        damp=damp,
-        clip=clip,
-        correction=correction,
-        scale_dtype=scale_dtype,
-        activations=activations,
+    wanted = parse_budget(budget) if budget else None
+    made = (
+        read_recipe(recipe)
+        if recipe
+        else lowbit.Recipe(
+            bits=width(bits),
+            group_size=group_size,
+            symmetric=symmetric,
+            head_bits=width(head_bits),
+            embed_bits=width(embed_bits),
+            rules=rule or {},
+            method=method,
+            order=order,
+            damp=damp,
+            clip=clip,
+            correction=correction,
+            scale_dtype=scale_dtype,
+            activations=activations,
+        )
     )
     run(
         terminal,
         model,
         output,
-        recipe,
+        made,
+        budget=wanted,
+        formats=formats.split(","),
         calibration=calibration,
         context=context,
         samples=samples,
@@ -121,6 +150,36 @@ def quantize(
         dtype=dtype,
         threads=threads,
     )
+
+
+_WIDTHS = ("bits", "head_bits", "embed_bits")
+_RECIPE_OPTIONS = (
+    *("group_size", "symmetric", "method", "order", "damp", "clip", "correction", "scale_dtype", "activations"),
+)
+
+
+def _check_alone(invocation: typer.Context, option: str, others: tuple[str, ...]) -> None:
+    """ValueError: options given beside one that says the same."""
+    if invocation.params[option] is None:
+        return
+    for other in others:
+        if invocation.get_parameter_source(other).name == "COMMANDLINE":
+            raise ValueError(f"--{option}: expected without --{other.replace('_', '-')}")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a JSON file. ValueError: not one."""
+    import json
+
+    from lowbit import Recipe
+
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a recipe in JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a recipe, a JSON object, got {type(values).__name__}")
+    return Recipe.from_dict(values)
 
 
 def width(bits: str) -> int | str:
@@ -142,37 +201,55 @@ def run(
     report: bool,
     dtype: str,
     threads: int,
+    budget: Budget | None = None,
+    formats: Sequence[str] = (),
 ) -> None:
-    """What quantize and ternarize do with a recipe: load, quantize, save, evaluate, report."""
+    """What quantize and ternarize do with a recipe: load, quantize, save, evaluate, report. With a budget the recipe is
+    completed by the formats that it allows, and what they cost is measured on windows held out of the calibration."""
     import lowbit
     from lowbit import doctor
     from lowbit.cli import torch_options
     from lowbit.evaluate import read_texts
 
     folder = torch_options.model_folder(model)
-    data, source = _calibration(calibration) if recipe.needs_calibration else (None, "none (rounded to nearest)")
+    calibrated = recipe.needs_calibration or budget is not None
+    data, source = calibration_text(calibration) if calibrated else (None, "none (rounded to nearest)")
     texts = read_texts(text) if text else []
     torch_options.set_threads(threads)
     terminal.line("doctor", doctor.summary(doctor.examine()))
 
     loaded = torch_options.load_float_model(folder, dtype)
-    tokenizer = torch_options.load_tokenizer(folder) if recipe.needs_calibration or texts else None
+    tokenizer = torch_options.load_tokenizer(folder) if calibrated or texts else None
+    choice = None
+    if budget is not None:
+        from lowbit.cli import sensitivity
+
+        data, held_out = sensitivity.windows(loaded, data, tokenizer, context, samples)
+        measured = sensitivity.measure(terminal, loaded, data, formats, recipe)
+        choice = sensitivity.choose(terminal, measured, budget, recipe)
+        recipe = choice.recipe
     with terminal.progress("blocks") as bar:
         result = lowbit.quantize(
             loaded,
             data,
             recipe,
             tokenizer=tokenizer,
-            context=context or None,
-            max_windows=samples or None,
+            context=None if budget else context or None,
+            max_windows=None if budget else samples or None,
             progress=_Shown(terminal, bar, format, source),
         )
     lowbit.save(loaded, output, format=format, tokenizer=tokenizer)
-    evaluation = None
+    evaluation = verified = None
+    if choice is not None:
+        reference = torch_options.load_float_model(folder, dtype)
+        verified = sensitivity.verify(terminal, loaded, reference, held_out)
+        del reference
     if texts:
         del loaded  # measured is what was written
         evaluation = _evaluate(terminal, folder, output, tokenizer, texts, dtype)
     written = _report(model, output, result, source, evaluation)
+    if choice is not None:
+        written["budget"] = {"budget": str(budget), **choice.to_dict(), **verified}
     page = None
     if report:
         from lowbit.report import write_report
@@ -196,7 +273,7 @@ def check_output(output: Path, model: str, force: bool, format: str) -> None:
     output.mkdir(parents=True, exist_ok=True)  # fails now rather than after the work
 
 
-def _calibration(paths: list[str] | None) -> tuple[Any, str]:
+def calibration_text(paths: list[str] | None) -> tuple[Any, str]:
     """What to calibrate on, and what to call it."""
     from lowbit import evaluate, sample_text
 

@@ -25,7 +25,7 @@ from torch import nn
 from lowbit.evaluate import Totals, forward
 from lowbit.matrix import PackedMatrix
 from lowbit.models import patch, replaced, weight_matrix
-from lowbit.quantize.allocate import Budget, Item, Option, Point, allocate
+from lowbit.quantize.allocate import Budget, Item, Option, allocate
 from lowbit.quantize.correction import Drift
 from lowbit.quantize.gptq import Factor, output_energy
 from lowbit.quantize.hessian import Hessian
@@ -52,7 +52,8 @@ class Sensitivity:
         (tr(dW H dWt), or |dW|^2 without calibration), relative_error (its root, relative to the output's), error_of
         ("output" or "weight"), tokens, seconds, fallback
     groups: one dict a group and format, where groups are not single modules: group, format, modules (their number),
-        weights, bytes, bits_per_weight, relative_error (root of the mean square), perplexity, kl_divergence, top1_agreement
+        weights, bytes, bits_per_weight, relative_error (root of the mean square), perplexity, kl_divergence,
+        top1_agreement
     by: what the groups are, one of GROUPS
     perplexity: of the model as it is on the windows that groups were measured on, or None
     other_bytes: of the model's parameters outside the modules measured
@@ -100,6 +101,28 @@ class Sensitivity:
             weights = sum(math.prod(shapes[name]) for name in names)
             items.append(Item(group, weights, tuple(options)))
         return items
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a budget bought.
+
+    formats: of every group, or module where they are not grouped
+    rules: the same as `--rule` takes it, beside 16 bits for everything else
+    recipe: the same as a recipe
+    bytes, total_bytes: of the modules measured, and of all parameters of the model; loss: in all, as `items` has it
+    """
+
+    formats: dict[str, str]
+    rules: list[str]
+    recipe: Recipe
+    bytes: int
+    total_bytes: int
+    bits_per_weight: float
+    loss: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def hold_out(windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,20 +203,24 @@ def measure(
     return measured
 
 
-def choose(sensitivity: Sensitivity, budget: Budget, recipe: Recipe | None = None) -> tuple[Point, Recipe]:
-    """The formats that the budget allows, and the recipe that gives them: the given one, its rules first, with every
-    measured module named by a rule. BudgetError: the budget is too small."""
-    items = sensitivity.items()
+def choose(sensitivity: Sensitivity, budget: Budget, recipe: Recipe | None = None) -> Choice:
+    """The formats that a budget allows, in the recipe given: its rules go first. BudgetError: the budget is too
+    small."""
+    items, members = sensitivity.items(), sensitivity.members()
     point = allocate(items, budget.for_items(items, sensitivity.other_bytes))
-    members = sensitivity.members()
-    formats = {
-        name: option.format for item, option in zip(items, point.chosen, strict=True) for name in members[item.name]
-    }
+    formats = {item.name: option.format for item, option in zip(items, point.chosen, strict=True)}
+    rules = format_rules({name: label for group, label in formats.items() for name in members[group]})
     recipe = Recipe() if recipe is None else recipe
-    chosen = replace(
-        recipe, bits=16, head_bits=16, embed_bits=16, rules={**recipe.rules, **_normal(format_rules(formats))}
+    weights = sum(item.weights for item in items)
+    return Choice(
+        formats=formats,
+        rules=rules,
+        recipe=replace(recipe, bits=16, head_bits=16, embed_bits=16, rules={**recipe.rules, **_parsed(rules)}),
+        bytes=point.bytes,
+        total_bytes=point.bytes + sensitivity.other_bytes,
+        bits_per_weight=8 * point.bytes / weights,
+        loss=point.loss,
     )
-    return point, chosen
 
 
 def format_rules(formats: Mapping[str, str]) -> list[str]:
@@ -215,8 +242,7 @@ def format_rules(formats: Mapping[str, str]) -> list[str]:
     return rules
 
 
-def _normal(rules: Iterable[str]) -> dict[str, Any]:
-    """Rules as a recipe holds them: parsed, so that a table with names as plain as `wte` is that name and no other."""
+def _parsed(rules: Iterable[str]) -> dict[str, Any]:
     pairs = [rule.rpartition("=") for rule in rules]
     return {pattern: parse_change(label) for pattern, _, label in pairs}
 
