@@ -107,8 +107,9 @@ def test_help_version_and_folders_do_not_import_torch():
         "import sys\n"
         "from lowbit.cli.main import main\n"
         "codes = [main([a]) for a in ('--help', '--version', '--cmakedir', '--pkgconfigdir')]\n"
-        "codes += [main([c, '--help']) for c in ('quantize', 'inspect', 'eval', 'generate', 'doctor', 'bench')]\n"
-        "assert codes == [0] * 10, codes\n"
+        "codes += [main([c, '--help']) for c in ('quantize', 'sensitivity', 'inspect', 'eval', 'generate')]\n"
+        "codes += [main([c, '--help']) for c in ('ternarize', 'doctor', 'bench')]\n"
+        "assert codes == [0] * 12, codes\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
     )
     assert done.returncode == 0, done.stderr
@@ -176,6 +177,20 @@ def test_a_reader_that_goes_away_is_no_error(model):
         ("quantize {model} -o {quantized}", "not empty (--force writes into it)"),
         ("quantize {model} -o {file}", "file: expected a folder, got a file"),
         ("quantize {quantized} -o {out}", "expected a model that is not quantized, got 'lowbit'"),
+        (
+            "quantize {model} -o {out} --budget 3miles",
+            "budget: expected bits a weight such as 2.5 or 2.5bits, or bytes",
+        ),
+        ("quantize {model} -o {out} --budget 1bits --samples 2", "budget: expected at least"),
+        ("quantize {model} -o {out} --budget 5 --bits 4", "--budget: expected without --bits"),
+        ("quantize {model} -o {out} --recipe {file} --rule a=4", "--recipe: expected without --rule"),
+        ("quantize {model} -o {out} --recipe {file}", "file: expected a recipe in JSON (Expecting value"),
+        ("sensitivity {quantized}", "expected a model that is not quantized, got 'lowbit'"),
+        ("sensitivity {model} --formats 5", "bits: expected one of trit, 2, 3, 4, 8, 16, got 5"),
+        ("sensitivity {model} --groups heads", "groups: expected one of modules, projections, kinds, got 'heads'"),
+        ("sensitivity {model} --samples 1", "calibration: expected at least 2 windows, one to be held out, got 1"),
+        ("sensitivity {model} -o r.json", "output: expected with --budget"),
+        ("sensitivity {model} --plot {out}.png", "out.png: expected a file .html in a folder that is there"),
         ("bench --format int5", "format: expected one of int2, int3, int4, int8, trit, trit-int2, got 'int5'"),
         ("bench --shape 64", "shape: expected ROWSxCOLS such as 4096x11008, got '64'"),
     ],
@@ -316,6 +331,71 @@ def test_quantize_calibrates_on_python_by_default_and_says_so(capsys, model, tmp
     assert "Python's standard library" in report["calibration"]["source"]
     assert report["calibration"]["tokens"] == 64
     assert len(report["modules"]) == 7
+
+
+def test_sensitivity_says_how_to_quantize_and_quantize_does_so(capsys, model, text, tmp_path):
+    recipe, page = tmp_path / "recipe.json", tmp_path / "page.html"
+    more = ["--calibration", text, "--samples", 9, "--formats", "trit,4:g32,16", "--group-size", 32]
+    report, shown = run_json(
+        capsys,
+        "sensitivity",
+        model,
+        *more,
+        "--budget",
+        "8.2bits",
+        "-o",
+        recipe,
+        "--plot",
+        page,
+        "--groups",
+        "projections",
+    )
+    assert report["calibration"] == {"windows": 8, "context": 64, "tokens": 512}
+    assert report["evaluation"] == {"windows": 1, "context": 64, "tokens": 64}
+    assert len(report["modules"]) == 3 * 15 and len(report["groups"]) == 2 * 8
+    choice = report["choice"]
+    assert choice["bits_per_weight"] <= 8.2 and choice["kl_divergence"] > 0 and choice["windows"] == 1
+    sizes = [point["bytes"] for point in report["pareto"]]
+    assert sizes == sorted(sizes) and sizes[0] <= choice["bytes"] <= sizes[-1]
+    for label in ("figures", "budget", "verified", "rules", "recipe", "plot"):
+        assert re.search(f"^  {label} +", shown, re.MULTILINE)
+    assert page.read_text("utf-8").count("<svg") == 2 and "self_attn.q_proj" in page.read_text("utf-8")
+
+    outputs = []
+    for name, arguments in (
+        ("file", ["--recipe", recipe]),
+        ("rules", ["--bits", 16, "--group-size", 32, *(word for rule in choice["rules"] for word in ("--rule", rule))]),
+    ):
+        made, _ = run_json(capsys, "quantize", model, "-o", tmp_path / name, "--calibration", text, *arguments)
+        assert made["totals"]["bytes_after"] == choice["total_bytes"]
+        outputs.append({row["name"]: (row["format"], row["group_size"]) for row in made["modules"]})
+    assert outputs[0] == outputs[1] and outputs[0]
+
+
+def test_sensitivity_prints_for_people(capsys, model, text, tmp_path):
+    page = tmp_path / "page.html"
+    words = ["--calibration", text, "--text", text, "--samples", 3, "--formats", "2,8", "--plot", page]
+    assert main(list(map(str, ["sensitivity", model, *words]))) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and not ANSI.search(captured.out)
+    assert re.search(r"^  name +2 +8$", captured.out, re.MULTILINE)
+    assert len(re.findall(r"^  model\.\S+ +\S+ +\S+$", captured.out, re.MULTILINE)) == 15
+    assert "measured on" in captured.out and "rules" not in captured.out
+    assert page.read_text("utf-8").count("<svg") == 3  # one a format, and what bytes buy
+
+
+def test_quantize_within_a_budget(capsys, model, text, tmp_path):
+    more = ["--calibration", text, "--samples", 9, "--formats", "2,8,16", "--group-size", 32, "--text", text]
+    rule = ["--rule", r".*\.1\.mlp\.up_proj$=4"]
+    report, shown = run_json(capsys, "quantize", model, "-o", tmp_path, "--budget", "120kB", *more, *rule)
+    assert report["totals"]["bytes_after"] == report["budget"]["total_bytes"] <= 120_000
+    assert report["budget"]["kl_divergence"] > 0 and report["budget"]["windows"] == 1
+    assert report["evaluation"]["kl_divergence"] > 0
+    assert "model.layers.1.mlp.up_proj" not in report["budget"]["formats"]
+    formats = {row["name"]: row["format"] for row in report["modules"]}
+    assert formats["model.layers.1.mlp.up_proj"] == "int4"
+    assert set(report["recipe"]["rules"]) >= {r".*\.1\.mlp\.up_proj$"}
+    assert re.search("^  verified +KL ", shown, re.MULTILINE)
 
 
 def test_force_replaces_a_quantized_model(capsys, model, tmp_path):

@@ -159,6 +159,52 @@ def test_chart_copes_with_any_range(errors):
     assert all(0 < float(c.get("cy")) < 340 for c in root.findall("circle"))
 
 
+def a_sensitivity(**more):
+    rows = [
+        {"name": f"model.layers.{i}.<mlp>", "format": label, "relative_error": 0.1 / (i + 1) / width}
+        for i in range(2)
+        for label, width in (("trit", 1), ("4", 4))
+    ]
+    pareto = [{"bytes": size, "loss": loss} for size, loss in ((1000, 3.0), (2000, 1.0), (4000, 0.0))]
+    return {
+        **{"model": "a<b>", "version": "0.1.0", "by": "modules", "formats": ["trit", "4"], "measure": "squared error"},
+        **{"modules": rows, "groups": [], "perplexity": None, "pareto": pareto, "choice": None},
+        **more,
+    }
+
+
+def test_the_page_of_a_sensitivity_is_well_formed_and_escapes_names():
+    page = report.sensitivity_to_html(a_sensitivity(choice={"bytes": 2500, "loss": 0.9}))
+    html = Collector(page)
+    assert not html.open and html.tags.count("svg") == 3
+    assert "Sensitivity of a<b>" in html.text and "model.layers.1.<mlp>" in html.text and "chosen" in html.text
+    charts = [ET.fromstring(svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL)]
+    # A loss of 0 has no place on a logarithmic axis.
+    assert [len(chart.findall("circle")) for chart in charts] == [2, 2, 3]
+
+
+def test_the_page_of_groups_has_a_line_a_group():
+    groups = [
+        {"group": group, "format": label, "bits_per_weight": bits, "kl_divergence": kl}
+        for group in ("attention", "mlp")
+        for label, bits, kl in (("4", 4.1, 0.01), ("trit", 2.0, 0.5), ("8", 8.1, None))
+    ]
+    page = report.sensitivity_to_html(a_sensitivity(groups=groups, formats=["trit", "4", "8"], perplexity=24.5))
+    chart = ET.fromstring(re.search("<svg.*?</svg>", page, re.DOTALL)[0])
+    assert len(chart.findall("polyline")) == 2
+    assert [c.find("title").text for c in chart.findall("circle")][:2] == [
+        "attention as trit: 0.5",
+        "attention as 4: 0.01",
+    ]
+    assert "perplexity 24.50" in page and ">-<" in page
+
+
+def test_a_chart_of_sizes_needs_a_positive_loss():
+    assert report.size_chart({"a": [(1.0, 0.0, "x"), (2.0, float("nan"), "y")]}, "MB", "loss") == ""
+    chart = ET.fromstring(report.size_chart({"a": [(3.0, 0.5, "only")]}, "MB", "loss"))
+    assert len(chart.findall("circle")) == 1
+
+
 @pytest.mark.parametrize(
     "names, expected",
     [

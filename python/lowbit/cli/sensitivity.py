@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lowbit.quantize.sensitivity import Choice, Sensitivity
 
 _MEASURES = {
-    "modules": "sum over modules of the squared relative error of the output",
+    "modules": "sum over modules of the squared error of the output, a token",
     "projections": "sum over projections of the KL divergence with that one alone quantized",
     "kinds": "sum over kinds of the KL divergence with that one alone quantized",
 }

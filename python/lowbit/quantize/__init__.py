@@ -3,9 +3,11 @@
 recipe       what becomes of which module            plan      a recipe applied to a model
 calibration  any data as windows of token ids        replay    blocks run one at a time
 hessian      what the solver knows of the inputs     gptq      the solver
-correction   weights for inputs that have moved      progress  how far it is
-ternary      how ternary a matrix is            training  a model made ready for ternary training
+correction   weights for inputs that have moved      packing   one matrix as its specification says
+walk         every matrix taken to its inputs        progress  how far it is
+ternary      how ternary a matrix is              training  a model made ready for ternary training
 run          the whole of it
+sensitivity  what each module loses in each format   allocate  formats under a byte budget
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Sensitivity:
 
     def items(self) -> list[Item]:
         """The table that formats are chosen from: every group with the formats that all its modules have. Its loss is
-        the KL divergence where that was measured, else the sum of its modules' squared relative errors."""
+        the KL divergence where that was measured, else the sum of its modules' losses."""
         measured = {(row["group"], row["format"]): row["kl_divergence"] for row in self.groups}
         rows = {(row["name"], row["format"]): row for row in self.modules}
         items = []
@@ -90,9 +90,9 @@ class Sensitivity:
             options = []
             for label in self.formats:
                 own = [rows.get((name, label)) for name in names]
-                if any(row is None or row["relative_error"] is None for row in own):
+                if any(row is None or row["loss"] is None for row in own):
                     continue
-                loss = math.fsum(row["relative_error"] ** 2 for row in own)
+                loss = math.fsum(row["loss"] for row in own)
                 if self.by != "modules" and label != _KEPT:
                     loss = measured.get((group, label))
                 if loss is not None:
