@@ -127,13 +127,23 @@ def test_groups_are_measured_end_to_end_with_everything_else_as_it_is(tied, by_k
     assert isinstance(tied.lm_head, torch.nn.Linear)  # put back
 
 
-def test_items_take_the_kl_divergence_where_there_is_one(by_kinds):
-    items = {item.name: item for item in by_kinds.items()}
-    assert list(items) == ["embedding", "attention", "mlp"]
-    losses = {option.format: option.loss for option in items["mlp"].options}
-    assert losses["16"] == 0.0
-    measured = {row["format"]: row["kl_divergence"] for row in by_kinds.groups if row["group"] == "mlp"}
-    assert losses == measured | {"16": 0.0}
+def test_items_share_the_kl_divergence_of_their_group(by_kinds):
+    items = {item.name: {option.format: option.loss for option in item.options} for item in by_kinds.items()}
+    assert list(items) == list(dict.fromkeys(row["name"] for row in by_kinds.modules))
+    for row in by_kinds.groups:
+        inside = [r for r in by_kinds.modules if (r["kind"], r["format"]) == (row["group"], row["format"])]
+        losses = [items[r["name"]][r["format"]] for r in inside]
+        assert sum(losses) == pytest.approx(row["kl_divergence"])
+        assert losses[0] / losses[-1] == pytest.approx(
+            (inside[0]["relative_error"] / inside[-1]["relative_error"]) ** 2
+        )
+    assert all(losses["16"] == 0 for losses in items.values())
+
+
+def test_items_without_groups_have_the_loss_of_their_output():
+    measured = measure(build("llama"), IDS[:4], ("2", "8"), Recipe(group_size=32))
+    found = [(item.name, o.format, o.loss, o.bytes) for item in measured.items() for o in item.options]
+    assert found == [(row["name"], row["format"], row["loss"], row["bytes"]) for row in measured.modules]
 
 
 @pytest.mark.parametrize("by", ["modules", "projections"])
@@ -153,11 +163,10 @@ def test_what_is_chosen_is_what_the_recipe_gives(by, budget):
     assert [m.spec and m.spec.bits for m in make_plan(model, by_rules).modules] == [
         m.spec and m.spec.bits for m in plan.modules
     ]
-    formats = {name: choice.formats[group] for group, names in measured.members().items() for name in names}
     for planned in plan.modules:
-        if planned.name in formats:
+        if wanted := choice.formats.get(planned.name):
             found = "16" if planned.spec is None else f"{planned.spec.bits}"
-            assert found == {"trit": "1.6", "4:g64": "4"}.get(formats[planned.name], formats[planned.name])
+            assert found == {"trit": "1.6", "4:g64": "4"}.get(wanted, wanted)
     report = lowbit.quantize(model, IDS[:10], again)
     assert report.packed_parameter_bytes == choice.total_bytes
     if budget.bytes:

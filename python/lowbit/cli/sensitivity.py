@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _MEASURES = {
     "modules": "sum over modules of the squared error of the output, a token",
-    "projections": "sum over projections of the KL divergence with that one alone quantized",
-    "kinds": "sum over kinds of the KL divergence with that one alone quantized",
+    "projections": "sum over projections of the KL divergence with that one alone quantized, shared by its modules",
+    "kinds": "sum over kinds of the KL divergence with that one alone quantized, shared by its modules",
 }
 
 
@@ -164,10 +164,9 @@ def choose(terminal: Terminal, measured: Sensitivity, budget: Budget, recipe: Re
 
     choice = sensitivity.choose(measured, budget, recipe)
     counts = Counter(choice.formats.values())
-    what = {"modules": "modules"}.get(measured.by, "groups")
     terminal.line(
         "budget",
-        f"{budget} · {human_bytes(choice.total_bytes)} in all, {choice.bits_per_weight:.2f} bits a weight · {what}: "
+        f"{budget} · {human_bytes(choice.total_bytes)} in all, {choice.bits_per_weight:.2f} bits a weight · "
         + ", ".join(f"{counts[label]} as {label}" for label in measured.formats if counts[label]),
     )
     return choice
