@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lowbit.quantize import Plan, Recipe, Report
     from lowbit.quantize.allocate import Budget
 
-_MEASURED_WINDOWS = 8  # on which a budget measures every projection in every format: as many forward passes each
+_MEASURED_WINDOWS = 8  # on which a budget measures attention, MLP and tables in every format, a forward pass each
 FORMATS = ("lowbit", "gptq", "gptq_v2", "bitnet", "bitnet_auto")
 
 # The options that quantize and ternarize share.
@@ -226,9 +226,7 @@ def run(
         from lowbit.cli import sensitivity
 
         data, held_out = sensitivity.windows(loaded, data, tokenizer, context, samples)
-        measured = sensitivity.measure(
-            terminal, loaded, data, formats, recipe, "projections", held_out[:_MEASURED_WINDOWS]
-        )
+        measured = sensitivity.measure(terminal, loaded, data, formats, recipe, "kinds", held_out[:_MEASURED_WINDOWS])
         choice = sensitivity.choose(terminal, measured, budget, recipe)
         recipe = choice.recipe
     with terminal.progress("blocks") as bar:
