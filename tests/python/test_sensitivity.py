@@ -255,6 +255,8 @@ def test_held_out_windows(count, out):
         (lambda m: measure(m, IDS, ()), "formats: expected at least one"),
         (lambda m: measure(m, IDS, ("skip",)), "formats: expected a width such as 4, trit or 2:g64, got 'skip'"),
         (lambda m: measure(m, IDS, ("g64",)), "formats: expected a width"),
+        (lambda m: measure(m, IDS, ("16:g64",)), "formats: expected 16 alone for what stays as it is, got '16:g64'"),
+        (lambda m: measure(m, IDS, ("trit:exact",)), "model: expected a matrix to measure"),
         (lambda m: measure(m, IDS, ("4", "4")), "formats: 4 given twice"),
         (lambda m: measure(m, IDS, ("5",)), "bits: expected one of trit, 2, 3, 4, 8, 16, got 5"),
         (lambda m: measure(m, IDS, by="layers"), "groups: expected one of modules, projections, kinds, got 'layers'"),

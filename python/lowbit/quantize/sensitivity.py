@@ -172,7 +172,8 @@ def measure(
     plans = {label: make_plan(model, candidate) for label, candidate in candidates.items()}
     kept = make_plan(model, replace(recipe, bits=16, head_bits=16, embed_bits=16))
     reached = make_plan(model, _candidate(recipe, {"bits": 8, "method": "gptq", "per_tensor": False}))
-    modules = [m for m in reached.quantized if m.spec.rule is None]
+    specs = _specs(plans)
+    modules = [m for m in reached.quantized if m.spec.rule is None and m.name in specs]
     if not modules:
         raise ValueError("model: expected a matrix to measure, but all are packed, too small or named by a rule")
     windows = calibration_windows(model, calibration, tokenizer, context=context, max_windows=max_windows)
@@ -185,7 +186,7 @@ def measure(
         batch_size=batch_size,
         true_sequential=False,
         progress=progress,
-        specs=_specs(plans),
+        specs=specs,
         keep=by != "modules",
     )
     with torch.no_grad(), calibration_mode(model):
@@ -255,6 +256,8 @@ def _candidates(formats: Sequence[str], recipe: Recipe) -> dict[str, Recipe]:
         change = parse_change(label)
         if not isinstance(change, dict) or "bits" not in change:
             raise ValueError(f"formats: expected a width such as 4, trit or 2:g64, got {label!r}")
+        if change["bits"] == 16 and label != _KEPT:
+            raise ValueError(f"formats: expected {_KEPT} alone for what stays as it is, got {label!r}")
         if label in candidates:
             raise ValueError(f"formats: {label} given twice")
         candidates[label] = _candidate(recipe, change)
