@@ -192,6 +192,17 @@ def test_weights_that_are_ternary_already_lose_nothing_as_trits():
     assert found["trit"]["loss"] == 0 and found["4"]["bytes"] > found["trit"]["bytes"]
 
 
+def test_what_is_trained_ternary_is_packed_as_trained_and_loses_nothing():
+    model = build("llama", **WIDE)
+    ternary = set(lowbit.quantize.prepare_ternary_training(model))
+    measured = measure(model, IDS[:4], ("2", "16"), Recipe(group_size=32), by="kinds", evaluation=IDS[4:6])
+    found = [row for row in measured.modules if row["name"] in ternary]
+    assert len(found) == 2 * len(ternary) > 0
+    assert all(row["relative_error"] < 1e-6 for row in found)
+    divergences = {row["group"]: row["kl_divergence"] for row in measured.groups}
+    assert divergences["mlp"] < 1e-4 < divergences["head"]
+
+
 def test_numbers_that_are_none_are_no_options():
     model = build("llama")
     with torch.no_grad():

@@ -25,6 +25,7 @@ from torch import nn
 from lowbit.evaluate import Totals, forward
 from lowbit.matrix import PackedMatrix
 from lowbit.models import patch, replaced, weight_matrix
+from lowbit.nn import TernaryLinear
 from lowbit.quantize.allocate import Budget, Item, Option, allocate
 from lowbit.quantize.correction import Drift
 from lowbit.quantize.gptq import Factor, output_energy
@@ -282,14 +283,14 @@ def _specs(plans: Mapping[str, Plan]) -> dict[str, dict[str, ModuleSpec | None]]
 
 
 class _Measure(Walk):
-    """One pass: rows of figures and, to be measured in groups, the packed matrices by format and name."""
+    """One pass: rows of figures and, to be measured in groups, (packed matrix, activations) by format and name."""
 
     def __init__(self, *walk: Any, specs: dict[str, dict[str, ModuleSpec | None]], keep: bool, **options: Any) -> None:
         super().__init__(*walk, **options)
         self._specs, self._keep = specs, keep
         self._rest = dict(zip(self.left, (rest for _, rest in split_names(list(self.left))), strict=True))
         self.rows: list[dict[str, Any]] = []
-        self.packed: dict[str, dict[str, PackedMatrix]] = {}
+        self.packed: dict[str, dict[str, tuple[PackedMatrix, str]]] = {}
 
     def everything(self) -> None:
         order = list(self.left)
@@ -339,20 +340,26 @@ class _Measure(Walk):
         reason: str | None,
     ) -> None:
         """Rows of one module in all formats. loss(weight, difference) is (loss, its share of the output's energy)."""
-        weight, mended = finite(weight_matrix(self.model.get_submodule(planned.name)))
+        module = self.model.get_submodule(planned.name)
+        weight, mended = finite(weight_matrix(module))
+        # What is trained ternary has one way to be packed, whatever the format, and loses nothing.
+        as_trained = isinstance(module, TernaryLinear) and not mended
+        weight = module.quantized_weight() if as_trained else weight
         for label, spec in self._specs[planned.name].items():
             begin, packed, fallback = time.monotonic(), None, None
             if spec is None:
                 lost, share = 0.0, 0.0
             else:
-                if factors is not None and spec.method == "gptq":
+                if as_trained:
+                    packed = module.pack()
+                elif factors is not None and spec.method == "gptq":
                     solution = solved(weight, spec, loss.hessian, factors)
                     packed, fallback = solution.packed, solution.fallback
                 else:
                     packed = rounded(weight, spec)
                 lost, share = loss(weight, packed)
                 if self._keep:
-                    self.packed.setdefault(label, {})[planned.name] = packed
+                    self.packed.setdefault(label, {})[planned.name] = packed, spec.activations
             size = planned.bytes if packed is None else packed.nbytes
             row = {
                 "name": planned.name,
@@ -450,7 +457,7 @@ def _group(row: Mapping[str, Any], by: str) -> str:
 def _end_to_end(
     model: nn.Module,
     measured: Sensitivity,
-    packed: Mapping[str, Mapping[str, PackedMatrix]],
+    packed: Mapping[str, Mapping[str, tuple[PackedMatrix, str]]],
     windows: torch.Tensor,
     progress: Progress,
 ) -> None:
@@ -498,8 +505,13 @@ def _end_to_end(
         measured.groups.append(finite_row)
 
 
-def _packed_modules(model: nn.Module, matrices: Mapping[str, PackedMatrix]) -> dict[str, nn.Module]:
-    """The modules that `patch` would put around packed matrices, by name; the model stays as it is."""
+def _packed_modules(model: nn.Module, matrices: Mapping[str, tuple[PackedMatrix, str]]) -> dict[str, nn.Module]:
+    """The modules that `patch` would put around packed matrices with their activations, by name; the model stays as it
+    is."""
     with replaced(model, {name: model.get_submodule(name) for name in matrices}):
-        patch(model, matrices)
+        patch(
+            model,
+            {name: packed for name, (packed, _) in matrices.items()},
+            activations={name: activations for name, (_, activations) in matrices.items()},
+        )
         return {name: model.get_submodule(name) for name in matrices}
