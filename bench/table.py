@@ -104,8 +104,11 @@ def model(contents: dict) -> str:
     rows, settings = contents["rows"], contents["settings"]
     found = {(r["subject"], r["what"], r["tokens"]): r for r in rows}
     columns = list(dict.fromkeys((r["what"], r["tokens"]) for r in rows))
+    held = "ternary, embedding int4"
+    if "bits" in settings:
+        held = f"int{settings['bits']} g128, embedding and head int{settings['head_bits']}"
     header = [
-        f"{settings['layers']} layers, int{settings['bits']} g128, embedding and head int{settings['head_bits']}",
+        f"{settings.get('shape', 'llama-1b')}, {settings['layers']} layers, {held}",
         *[f"{what} {tokens}, tokens/s" for what, tokens in columns],
         "resident MB",
         "files MB",
@@ -172,7 +175,31 @@ def ternary_model(contents: dict) -> str:
     return grid(header, lines)
 
 
-TABLES = {"matmul": matmul, "gather": gather, "model": model, "quality": quality, "ternary_model": ternary_model}
+def ternary_quality(contents: dict) -> str:
+    """Ways of ternarizing down the side, what is ternary across: perplexity and KL divergence."""
+    rows = [r for r in contents["rows"] if r["ternary"] in ("attention", "MLP", "both")]
+    found = {(r["way"], r["group_size"], r["ternary"]): r for r in rows}
+    parts = list(dict.fromkeys(r["ternary"] for r in rows))
+    header = [f"{contents['settings']['model']}: perplexity {rows[0]['reference_perplexity']:.2f} (KL) with ternary"]
+    lines = []
+    for way, group_size in dict.fromkeys((r["way"], r["group_size"]) for r in rows):
+        line = [f"{way}, {'one scale a matrix' if group_size == -1 else f'groups of {group_size}'}"]
+        for part in parts:
+            row = found.get((way, group_size, part))
+            line.append(f"{row['perplexity']:.2f} ({row['kl_divergence']:.3f})" if row else "")
+        lines.append(line)
+    return grid(header + parts, lines)
+
+
+TABLES = {
+    "matmul": matmul,
+    "gather": gather,
+    "model": model,
+    "model_ternary": model,
+    "quality": quality,
+    "ternary_model": ternary_model,
+    "ternary_quality": ternary_quality,
+}
 
 
 def markdown(documents: list[dict]) -> str:
