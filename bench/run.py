@@ -1,7 +1,7 @@
-"""Everything that the README states: python bench/run.py [--python PEERS], about 20 minutes on two cores.
+"""Everything in the README's tables: python bench/run.py [--python PEERS], about 40 minutes on two cores, ternary_quality
+most of them.
 
-Runs matmul, gather, model, quality and ternary_model one after the other (the first three with their peers in the same
-run), writes results/<machine>/*.json and, with --write, the README's tables from them.
+Runs the benchmarks below one after the other (matmul, gather and model with their peers in the same run), writes results/<machine>/*.json and, with --write, the README's tables from them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ import sys
 
 import harness
 
-BENCHES = ("matmul", "gather", "model", "quality", "ternary_model")
+BENCHES = {  # results: (script and what it is given, the option that names the file)
+    "matmul": (["matmul.py", "--shapes", "A", "B", "C", "--tokens", "1", "16"], "--output"),
+    "gather": (["gather.py"], "--output"),
+    "model": (["model.py"], "--output"),
+    "model_ternary": (["model.py", "--shape", "ternary-2.7b"], "--output"),
+    "quality": (["quality.py"], "--json"),
+    "ternary_quality": (["ternary_quality.py"], "--json"),
+}
 
 
 def main() -> None:
@@ -30,8 +37,8 @@ def main() -> None:
     results = []
     for bench in options.only:
         output = harness.RESULTS / harness.machine_name(harness.machine()) / f"{bench}.json"
-        written = ["--json" if bench in ("quality", "ternary_model") else "--output", str(output)]
-        command = [sys.executable, str(folder / f"{bench}.py"), *written]
+        (script, *given), option = BENCHES[bench]
+        command = [sys.executable, str(folder / script), *given, option, str(output)]
         command += ["--python", options.python] if bench in ("matmul", "gather") else []
         subprocess.run(command, check=True, env=environment)
         results.append(str(output))
