@@ -1,7 +1,7 @@
-"""Everything in the README's tables: python bench/run.py [--python PEERS], about 40 minutes on two cores, ternary_quality
-most of them.
+"""Everything in the README's tables: python bench/run.py [--python PEERS], about 40 minutes on two cores.
 
-Runs the benchmarks below one after the other (matmul, gather and model with their peers in the same run), writes results/<machine>/*.json and, with --write, the README's tables from them.
+Runs the benchmarks below one after the other (matmul, gather and model with their peers in the same run), writes
+results/<machine>/*.json and, with --write, the README's tables from them. ternary_quality takes most of the time.
 """
 
 from __future__ import annotations
