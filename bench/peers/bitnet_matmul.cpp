@@ -8,16 +8,19 @@
 #include <cstdint>
 #include <vector>
 
-void ggml_vec_dot_i2_i8_s_1xN(int n, float* s, size_t bs, const void* vx, size_t bx, const void* vy, size_t by, int nrc);
-void ggml_vec_dot_i2_i8_s_Nx1(int n, float* s, size_t bs, const void* vx, size_t bx, const void* vy, size_t by, int nrc);
-void ggml_vec_dot_i2_i8_s_1x1(int n, float* s, size_t bs, const void* vx, size_t bx, const void* vy, size_t by, int nrc);
+void ggml_vec_dot_i2_i8_s_1xN(int n, float* s, size_t bs, const void* vx, size_t bx, const void* vy, size_t by,
+                              int nrc);
+void ggml_vec_dot_i2_i8_s_Nx1(int n, float* s, size_t bs, const void* vx, size_t bx, const void* vy, size_t by,
+                              int nrc);
+void ggml_vec_dot_i2_i8_s_1x1(int n, float* s, size_t bs, const void* vx, size_t bx, const void* vy, size_t by,
+                              int nrc);
 
 extern "C" {
 
 // codes: [rows][cols / 4], byte j of a block of 128 holds elements j, 32 + j, 64 + j, 96 + j, high bits first, t + 1 each.
 // x [tokens][cols] fp32, y [tokens][rows]. rows, and tokens above 1, are multiples of 4; cols one of 128.
-void peer_matmul(const uint8_t* codes, float scale, int64_t cols, int64_t rows, const float* x, int64_t tokens, float* y,
-                 int threads) {
+void peer_matmul(const uint8_t* codes, float scale, int64_t cols, int64_t rows, const float* x, int64_t tokens,
+                 float* y, int threads) {
   static thread_local std::vector<int8_t> digits;
   static thread_local std::vector<float> steps, sums;
   digits.resize(size_t(tokens * cols)), steps.resize(size_t(tokens)), sums.resize(size_t(tokens));

@@ -30,7 +30,8 @@ static ggml_backend_buffer_type_t repacked(ggml_backend_t backend) {
   ggml_backend_dev_t device = ggml_backend_get_device(backend);
   ggml_backend_reg_t reg = device ? ggml_backend_dev_backend_reg(device) : NULL;
   ggml_backend_dev_get_extra_bufts_t extra =
-      reg ? (ggml_backend_dev_get_extra_bufts_t)ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts")
+      reg ? (ggml_backend_dev_get_extra_bufts_t)ggml_backend_reg_get_proc_address(reg,
+                                                                                  "ggml_backend_dev_get_extra_bufts")
           : NULL;
   ggml_backend_buffer_type_t* list = extra ? extra(device) : NULL;
   for (; list && *list; list++)
@@ -69,8 +70,8 @@ int64_t peer_bytes(const Matrices* m) { return (int64_t)ggml_nbytes(m->copy[0]);
 Products* peer_products(Matrices* m, const float* x, int64_t tokens) {
   Products* p = calloc(1, sizeof *p);
   const size_t graph_bytes = ggml_graph_overhead_custom(8, false);
-  p->context = ggml_init((struct ggml_init_params){
-      (ggml_tensor_overhead() + graph_bytes) * (size_t)(m->copies + 2), NULL, true});
+  p->context = ggml_init(
+      (struct ggml_init_params){(ggml_tensor_overhead() + graph_bytes) * (size_t)(m->copies + 2), NULL, true});
   p->x = ggml_new_tensor_2d(p->context, GGML_TYPE_F32, m->cols, tokens);
   p->graph = calloc((size_t)m->copies, sizeof *p->graph);
   for (int i = 0; i < m->copies; i++) {
