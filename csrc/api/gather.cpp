@@ -1,5 +1,5 @@
-// gather: rows by id. unpack: consecutive rows. Both decode rows with the same kernel; every id is checked before any row
-// is read or written.
+// gather: rows by id. unpack: consecutive rows. Both decode rows with the same kernel; every id is checked before any
+// row is read or written.
 #include <cinttypes>
 
 #include "api/validate.h"

@@ -1,7 +1,7 @@
 // x[m,k] ~ step[m,c] * (256*high + low) on AVX2: activations to int8 digits per token and chunk (docs/numerics.md).
 //
-// A piece of 16 to 128 columns becomes fp32 in L1 with its largest magnitude, then digits and their sum, 16 columns at a
-// time. Tiles go through 16 rows of digits in L1 and 8x8 transpositions of dwords. K*M of it against the N*K*M of the
+// A piece of 16 to 128 columns becomes fp32 in L1 with its largest magnitude, then digits and their sum, 16 columns at
+// a time. Tiles go through 16 rows of digits in L1 and 8x8 transpositions of dwords. K*M of it against the N*K*M of the
 // product.
 #include "cpu/chunk_step.h"
 #include "cpu/planes_avx2.h"

@@ -1,9 +1,9 @@
 // x[m,k] ~ step[m,c] * (256*high + low) on AVX-512: activations to int8 digits per token and chunk (docs/numerics.md).
 //
 // A piece of 16 to 128 columns is 1 to 8 registers of fp32: one pass for the largest magnitude (as integers, so that a
-// NaN counts as larger than infinity; wider chunks take one more pass over x), one for the digits and their sum. Tiles go through 16 rows of digits in L1 and a
-// 16x16 transposition of dwords. Bound by latency (a maximum across lanes and a scalar step for each chunk), about 1 ns
-// for 10 columns: K*M of it against the N*K*M of the product.
+// NaN counts as larger than infinity; wider chunks take one more pass over x), one for the digits and their sum. Tiles
+// go through 16 rows of digits in L1 and a 16x16 transposition of dwords. Bound by latency (a maximum across lanes and
+// a scalar step for each chunk), about 1 ns for 10 columns: K*M of it against the N*K*M of the product.
 #include <string.h>
 
 #include "cpu/chunk_step.h"

@@ -1,8 +1,8 @@
 // out[i,k] = s[n,g] * float(code[n,k] - zero[n,g]), n = ids[i], rounded once to fp32, fp16 or bf16, on AVX2.
 //
 // To 16 bits, codes of up to 4 bits look their value up: the 16 values of a group are computed and rounded once, their
-// low and high bytes become two vpshufb tables. Everything else is computed. A row is a plane of 64 codes at a time; the
-// lines of the next row are prefetched meanwhile. Bound by the memory: the output is 4 to 8 times the codes.
+// low and high bytes become two vpshufb tables. Everything else is computed. A row is a plane of 64 codes at a time;
+// the lines of the next row are prefetched meanwhile. Bound by the memory: the output is 4 to 8 times the codes.
 #ifndef LOWBIT_CPU_GATHER_AVX2_H
 #define LOWBIT_CPU_GATHER_AVX2_H
 
@@ -25,8 +25,8 @@ LOWBIT_INLINE __m128i to_half(__m256 v, lowbit_dtype dtype) {
   return dtype == LOWBIT_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : to_bf16(v);
 }
 
-// Scale and zero of the group that holds the next 16 columns of a row, column by column. Fields of the matrix are copied:
-// the compiler must take every store of a value for a change of them.
+// Scale and zero of the group that holds the next 16 columns of a row, column by column. Fields of the matrix are
+// copied: the compiler must take every store of a value for a change of them.
 struct GroupCursor {
   const void* scales;
   const uint8_t* zeros;

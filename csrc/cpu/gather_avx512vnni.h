@@ -26,8 +26,8 @@ LOWBIT_INLINE __m256i to_half(__m512 v, lowbit_dtype dtype) {
   return dtype == LOWBIT_F16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : to_bf16(v);
 }
 
-// Scale and zero of the group that holds the next 16 columns of a row, column by column. Fields of the matrix are copied:
-// the compiler must take every store of a value for a change of them.
+// Scale and zero of the group that holds the next 16 columns of a row, column by column. Fields of the matrix are
+// copied: the compiler must take every store of a value for a change of them.
 struct GroupCursor {
   const void* scales;
   const uint8_t* zeros;
@@ -161,8 +161,8 @@ struct RowDecoder {
   }
 };
 
-// One row, four planes at a time (five of trits); `next` is the row decoded after it, whose lines are fetched meanwhile. With perm the
-// values of a plane are scattered to their original columns one by one.
+// One row, four planes at a time (five of trits); `next` is the row decoded after it, whose lines are fetched
+// meanwhile. With perm the values of a plane are scattered to their original columns one by one.
 template <int kBits, bool kHalf, class Element>
 struct RowGather {
   static constexpr int kPlanes = kBits == kTrit ? kTritPlanes : 4;

@@ -1,5 +1,6 @@
 // The one macro of the kernel files: their loops are small functions that must melt into one.
-// Not under a sanitizer: its checks in a loop that was inlined whole take the compiler many minutes, and nobody times it.
+// Not under a sanitizer: its checks in a loop that was inlined whole take the compiler many minutes, and nobody times
+// it.
 #ifndef LOWBIT_CPU_INLINE_H
 #define LOWBIT_CPU_INLINE_H
 

@@ -18,7 +18,8 @@ constexpr int kLanes = 16;  // tokens of one tile of the token-interleaved layou
 // Activations as integers: x[m][k] ~ step[m][c] * (256 * high + low), c = k / chunk. Both digits are int8; in int8
 // mode there is only `low`. Zero beyond cols, up to cols_padded, so kernels work on whole planes.
 // Rows (layout == kRows):   digit[m * cols_padded + k].
-// Tiles (layout == kTiles): tokens in tiles of 16, digit[(m / 16) * 16 * cols_padded + (k / 4) * 64 + (m % 16) * 4 + k % 4],
+// Tiles (layout == kTiles): tokens in tiles of 16,
+//                           digit[(m / 16) * 16 * cols_padded + (k / 4) * 64 + (m % 16) * 4 + k % 4],
 //                           step and sum [(m / 16)][c][m % 16]; absent tokens of the last tile are zero.
 struct Activations {
   enum Layout { kRows, kTiles };

@@ -2,8 +2,8 @@
 //
 // The structure and the bits are those of matmul_avx512vnni.h with two registers of 8 lanes for the 16 slots. Products
 // are vpmaddubsw (codes * digits, pairs added in 16 bits) and vpmaddwd, whose second operand is the weight of the digit
-// (256 or 1). Sixteen bits hold 8 pairs: 8 * 2 * 15 * 128 = 30720; the codes of int8 are split into nibbles, two parts of
-// weight 1 and 16, for that.
+// (256 or 1). Sixteen bits hold 8 pairs: 8 * 2 * 15 * 128 = 30720; the codes of int8 are split into nibbles, two parts
+// of weight 1 and 16, for that.
 //
 // kRows: one row of W against 1 or 2 tokens, 16 chunks a block, a transposing add of 8 registers. Bound by issue slots:
 // 2 vpmaddubsw and about 2 more operations for 32 codes and a digit.

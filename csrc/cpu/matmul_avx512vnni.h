@@ -5,14 +5,14 @@
 //
 // kRows, few tokens: one row of W against up to 4 tokens. A block is 16 chunks. Each plane register (64 codes) meets 64
 // digits in vpdpbusd; the registers of 16 chunks become one, lane j = chunk j, by a transposing add of 15 merges (two
-// shuffles and an add each), and scales, steps and sums are read as they lie. Bound by the memory for int4 and int8 (.86
-// of a plain read, two digits, two threads of Zen 4 at 60 GB/s), by issue for int2 and int3 there: for int4 and two
-// digits a line costs 4 vpdpbusd, 5 loads and about 8 other operations, 2.0 ns from L2. Two rows at a time save loads
-// and 7-13% from L2, but take twice as long from DRAM: their two streams defeat the hardware's prefetchers.
+// shuffles and an add each), and scales, steps and sums are read as they lie. Bound by the memory for int4 and int8
+// (.86 of a plain read, two digits, two threads of Zen 4 at 60 GB/s), by issue for int2 and int3 there: for int4 and
+// two digits a line costs 4 vpdpbusd, 5 loads and about 8 other operations, 2.0 ns from L2. Two rows at a time save
+// loads and 7-13% from L2, but take twice as long from DRAM: their two streams defeat the hardware's prefetchers.
 //
 // kTiles, 16 tokens in the lanes: 8 rows of W are decoded to bytes in L1, 512 columns at a time; 4 codes are broadcast
-// to every token and meet the digits [k/4][16][4]: 2 vpdpbusd for a row, 4 columns and 16 tokens. The 16 slots of 8 rows
-// are 8 KB of L1. Bound by vpdpbusd, 2 * N * K * M / 64 of them (one digit: as much by the broadcasts).
+// to every token and meet the digits [k/4][16][4]: 2 vpdpbusd for a row, 4 columns and 16 tokens. The 16 slots of 8
+// rows are 8 KB of L1. Bound by vpdpbusd, 2 * N * K * M / 64 of them (one digit: as much by the broadcasts).
 #ifndef LOWBIT_CPU_MATMUL_AVX512VNNI_H
 #define LOWBIT_CPU_MATMUL_AVX512VNNI_H
 
@@ -189,8 +189,8 @@ void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64
 
 // ---- many tokens: tiles ----
 
-// sum += the products of 4 unsigned codes and 4 signed digits, in place. As asm because gcc 12 copies every accumulator of
-// an unrolled loop into a second register and back around the intrinsic: 36 moves for 16 products.
+// sum += the products of 4 unsigned codes and 4 signed digits, in place. As asm because gcc 12 copies every accumulator
+// of an unrolled loop into a second register and back around the intrinsic: 36 moves for 16 products.
 LOWBIT_INLINE void add_products(__m512i& sum, __m512i codes, __m512i digits) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
 }

@@ -1,5 +1,5 @@
-// y[m][n] = sum_k x[m][k] W[n][k]: the plain transcription of docs/numerics.md, one code at a time, in either layout of the
-// activations. Bound by everything; it exists to be read and to be compared with.
+// y[m][n] = sum_k x[m][k] W[n][k]: the plain transcription of docs/numerics.md, one code at a time, in either layout of
+// the activations. Bound by everything; it exists to be read and to be compared with.
 #ifndef LOWBIT_CPU_MATMUL_REF_H
 #define LOWBIT_CPU_MATMUL_REF_H
 

@@ -56,8 +56,8 @@ LOWBIT_INLINE __m256i peel(const uint8_t* row, int64_t plane, int64_t planes, Ah
   }
 }
 
-// Lines [line, line + count) of a row of trits to one code a byte. A digit is how many of the thirds of 256 its byte has
-// passed, 3 * b mod 256 the byte of the rest (formats.h); bytes are compared as signed ones, 128 lower.
+// Lines [line, line + count) of a row of trits to one code a byte. A digit is how many of the thirds of 256 its byte
+// has passed, 3 * b mod 256 the byte of the rest (formats.h); bytes are compared as signed ones, 128 lower.
 LOWBIT_INLINE void decode_trits(const uint8_t* row, int64_t line, int64_t count, uint8_t* to) {
   for (int64_t i = 0; i < count; i++)
     for (int h = 0; h < 2; h++) {
@@ -72,7 +72,8 @@ LOWBIT_INLINE void decode_trits(const uint8_t* row, int64_t line, int64_t count,
     }
 }
 
-// The planes of a row whose lines exist: a plane beyond them must not be peeled (trits: that hold columns of the matrix).
+// The planes of a row whose lines exist: a plane beyond them must not be peeled (trits: that hold columns of the
+// matrix).
 template <int kBits>
 LOWBIT_INLINE int64_t stored_planes(int64_t cols) {
   constexpr int64_t kTogether = kBits == 8 || kBits == kTrit ? 1 : kBits == 4 ? 2 : 4;

@@ -55,9 +55,9 @@ LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes, Ah
   }
 }
 
-// A line of trits to its five planes. A byte b is a fraction of 256 whose base-3 digits are wanted (formats.h): the high
-// byte of 27 * b is 9*d0 + 3*d1 + d2, and that of 9 * (27 * b mod 256) is 3*d3 + d4; two look-ups of each, three and two
-// digits. vpmaddubsw multiplies the even bytes, then the odd ones.
+// A line of trits to its five planes. A byte b is a fraction of 256 whose base-3 digits are wanted (formats.h): the
+// high byte of 27 * b is 9*d0 + 3*d1 + d2, and that of 9 * (27 * b mod 256) is 3*d3 + d4; two look-ups of each, three
+// and two digits. vpmaddubsw multiplies the even bytes, then the odd ones.
 struct TritDecoder {
   __m512i digits[kTritPlanes], high_bytes, even27, odd27, nine;
 
@@ -94,7 +94,8 @@ LOWBIT_INLINE void decode_trits(const TritDecoder& trits, const uint8_t* row, in
   }
 }
 
-// The planes of a row whose lines exist: a plane beyond them must not be peeled (trits: that hold columns of the matrix).
+// The planes of a row whose lines exist: a plane beyond them must not be peeled (trits: that hold columns of the
+// matrix).
 template <int kBits>
 LOWBIT_INLINE int64_t stored_planes(int64_t cols) {
   constexpr int64_t kTogether = kBits == 8 || kBits == kTrit ? 1 : kBits == 4 ? 2 : 4;

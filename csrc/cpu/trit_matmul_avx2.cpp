@@ -1,9 +1,9 @@
 // y[m,n] = s[n] * step[m] * sum_k (code[n,k] - 1) * v[m,k]   on AVX2: ternary rows with one scale.
 //
-// A row of up to 40960 columns is ONE integer. A line of 320 weights is decoded to bytes in L1 (planes_avx2.h), then its
-// ten half planes meet the digits in vpmaddubsw; 16 bits hold 64 such sums of two products of at most 2 * 128. Bound by
-// issue slots: about 60 operations to decode a line, 30 to multiply it by a digit.
-// Groups of columns with scales of their own, and tiles of 16 tokens, are those of matmul_avx2.h.
+// A row of up to 40960 columns is ONE integer. A line of 320 weights is decoded to bytes in L1 (planes_avx2.h), then
+// its ten half planes meet the digits in vpmaddubsw; 16 bits hold 64 such sums of two products of at most 2 * 128.
+// Bound by issue slots: about 60 operations to decode a line, 30 to multiply it by a digit. Groups of columns with
+// scales of their own, and tiles of 16 tokens, are those of matmul_avx2.h.
 #include "cpu/matmul_avx2.h"
 
 namespace lowbit {

@@ -1,8 +1,9 @@
 // y[m,n] = s[n] * step[m] * sum_k (code[n,k] - 1) * v[m,k]   on AVX-512 VNNI and VBMI: ternary rows with one scale.
 //
-// A row of up to 40960 columns is ONE integer: its planes meet the digits in vpdpbusd and are added across the lanes once.
-// A line of 320 weights costs 11 operations to decode (planes_avx512.h) and 5 vpdpbusd, 10 with two digits. Bound by the
-// memory with one digit; with two on Zen 4 about as much by vpmaddubsw, vpermb and vpdpbusd, which share two pipes.
+// A row of up to 40960 columns is ONE integer: its planes meet the digits in vpdpbusd and are added across the lanes
+// once. A line of 320 weights costs 11 operations to decode (planes_avx512.h) and 5 vpdpbusd, 10 with two digits. On
+// Zen 4 bound by the pipes that vpmaddubsw, vpermb and vpdpbusd share: 8 and 10.5 cycles a line at best, 9 and 12.6
+// measured (3.9 and 5.6 ns at 2.25 GHz); with the clock or the pipes for it, by the memory.
 // Groups of columns with scales of their own, and tiles of 16 tokens, are those of matmul_avx512vnni.h.
 #include "cpu/matmul_avx512vnni.h"
 

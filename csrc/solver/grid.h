@@ -1,9 +1,9 @@
 // The quantization grid of a group of weights, and the code of a weight on it: w ~ scale * (code - zero).
 //
 // One text for every instruction set: the functions below are written over a lane type V of 16 rows (gptq_*.cpp), so
-// every ISA gives the same bits, and packing by rounding is solving with no errors pushed. Two rules make the arithmetic
-// worth storing: a scale is rounded to its stored dtype BEFORE it is used, and a weight becomes an integer code, so
-// what was evaluated is what is stored.
+// every ISA gives the same bits, and packing by rounding is solving with no errors pushed. Two rules make the
+// arithmetic worth storing: a scale is rounded to its stored dtype BEFORE it is used, and a weight becomes an integer
+// code, so what was evaluated is what is stored.
 //
 //   lo = min(x, 0), hi = max(x, 0); symmetric: hi = max|x|, lo = -hi
 //   scale = (hi - lo) / (2^bits - 1), rounded to scale_dtype, at most its largest finite value
@@ -14,8 +14,8 @@
 // search of the GPTQ reference code).
 //
 // Ternary (codes 0, 1, 2 for -s, 0, s): scale = mean|x|, at least 1e-5 (the quantizer that ternary models are trained
-// with); clip: the scale p * max|x|, p = 1, .99, ..., .02, that minimises the same sum. But a group whose nonzero |x| are
-// all one number is ternary already and keeps it: the mean would shrink it by the share of its zeros.
+// with); clip: the scale p * max|x|, p = 1, .99, ..., .02, that minimises the same sum. But a group whose nonzero |x|
+// are all one number is ternary already and keeps it: the mean would shrink it by the share of its zeros.
 #ifndef LOWBIT_SOLVER_GRID_H
 #define LOWBIT_SOLVER_GRID_H
 

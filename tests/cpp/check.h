@@ -1,4 +1,5 @@
-// The whole test framework: CHECK prints the place and the values of a failed check and counts it; finish() is main's result.
+// The whole test framework: CHECK prints the place and the values of a failed check and counts it; finish() is main's
+// result.
 #pragma once
 
 #include <cstdio>

@@ -1,5 +1,5 @@
-// What the C API refuses, and how it says so: status, the thing, expected and actual. Nothing here may crash (run under the
-// sanitizers too). Also threads: one and many give the same bits.
+// What the C API refuses, and how it says so: status, the thing, expected and actual. Nothing here may crash (run under
+// the sanitizers too). Also threads: one and many give the same bits.
 #include <cmath>
 #include <cstring>
 #include <string>

@@ -1,4 +1,5 @@
-// The line layout's arithmetic, exhaustively: every code at every position of rows of every length up to three int3 groups.
+// The line layout's arithmetic, exhaustively: every code at every position of rows of every length up to three int3
+// groups.
 #include <cstring>
 #include <set>
 #include <utility>

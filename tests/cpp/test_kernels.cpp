@@ -1,5 +1,5 @@
-// Every kernel row, forced in turn: bit-identical with `ref`, exact where the arithmetic is exact, and close to float64.
-// Each test also asserts that the kernel it forced is the one that ran.
+// Every kernel row, forced in turn: bit-identical with `ref`, exact where the arithmetic is exact, and close to
+// float64. Each test also asserts that the kernel it forced is the one that ran.
 #include <cstring>
 #include <string>
 
@@ -166,7 +166,8 @@ int main() {
       test_gather({bits, 7, cols, -1, zeros, perm, turn % 3, dtypes[turn % 3], false}, isas);
       turn++;
     }
-    // Every chunk size and groups that are several chunks, with tails, zeros, odd N and every number of tokens that matters.
+    // Every chunk size and groups that are several chunks, with tails, zeros, odd N and every number of tokens that
+    // matters.
     for (const int64_t group : {16, 32, 48, 64, 80, 96, 128, 192, 256}) {
       for (const int64_t cols : {int64_t(group), 3 * group, int64_t(1031)}) {
         if (cols < group) continue;
@@ -186,7 +187,8 @@ int main() {
     test_matmul({bits, 1, 256, 64, false, true, 0, LOWBIT_F32, false}, isas, {16, 1}, LOWBIT_F16, false);
     test_matmul({bits, 67, 130, -1, false, false, 1, LOWBIT_BF16, false}, isas, {300, 257, 256, 1}, LOWBIT_F32, false);
   }
-  // Ternary rows that end in a line, a pair of lines and the stages that kernels decode at a time; rows of several chunks.
+  // Ternary rows that end in a line, a pair of lines and the stages that kernels decode at a time; rows of several
+  // chunks.
   for (const int64_t cols : {319, 321, 639, 640, 641, 960, 2560, 10239, 10241, 40960, 40961, 81921}) {
     const int scale_shape = turn++ % 2 ? 1 : 2;
     test_matmul({lowbit::kTrit, 9, cols, -1, false, false, scale_shape, LOWBIT_F32, true}, isas, {17, 5, 1}, LOWBIT_F32,

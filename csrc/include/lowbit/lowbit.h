@@ -1,8 +1,9 @@
 /* lowbit: low-bit weight matrices. One noun, the packed matrix; four verbs: pack, unpack, matmul, gather.
  *
- * A plain C API over pointers the caller owns. Nothing here prints, exits or throws. Every function returns a lowbit_status; after a failure lowbit_last_error() (per thread) names the
- * thing, what was expected and what was found. Layouts: formats.h and docs/formats.md; arithmetic:
- * docs/numerics.md. N = rows = out_features (or the vocabulary), K = cols = in_features.
+ * A plain C API over pointers the caller owns. Nothing here prints, exits or throws. Every function returns a
+ * lowbit_status; after a failure lowbit_last_error() (per thread) names the thing, what was expected and what was
+ * found. Layouts: formats.h and docs/formats.md; arithmetic: docs/numerics.md. N = rows = out_features (or the
+ * vocabulary), K = cols = in_features.
  */
 #ifndef LOWBIT_LOWBIT_H
 #define LOWBIT_LOWBIT_H
@@ -37,8 +38,8 @@ typedef enum lowbit_status LOWBIT_ENUM_TYPE {
   LOWBIT_NUMERIC = 5 /* data that the method cannot go on with (solver) */
 } lowbit_status;
 
-/* The value of an integer format is its width in bits. LOWBIT_TRIT: five ternary digits a byte, 1.6 bits a weight; codes
- * 0, 1, 2 mean -1, 0, 1 and there are no zeros. */
+/* The value of an integer format is its width in bits. LOWBIT_TRIT: five ternary digits a byte, 1.6 bits a weight;
+ * codes 0, 1, 2 mean -1, 0, 1 and there are no zeros. */
 typedef enum lowbit_format LOWBIT_ENUM_TYPE {
   LOWBIT_TRIT = 1,
   LOWBIT_INT2 = 2,
@@ -91,26 +92,27 @@ LOWBIT_API const char* lowbit_status_name(lowbit_status status);
 LOWBIT_API int64_t lowbit_row_lines(lowbit_format format, int64_t cols);
 
 /* Checks everything that a kernel relies on. Shapes, sizes, pointers and dtypes always; with `values` also every
- * scale (finite; trit: not 0), every zero (<= 2^bits - 1), perm (a permutation) and every ternary byte (13 of the 256 encode nothing). Do it once, when a matrix is made. */
+ * scale (finite; trit: not 0), every zero (<= 2^bits - 1), perm (a permutation) and every ternary byte (13 of the 256
+ * encode nothing). Do it once, when a matrix is made. */
 LOWBIT_API lowbit_status lowbit_matrix_check(const lowbit_matrix* w, int values);
 
-/* Memory for codes: 64-byte aligned, zeroed, on 2 MiB pages where the system gives them (4 KiB pages cost up to a third of
- * the bandwidth on virtual machines). NULL when there is none. Free with the same size. */
+/* Memory for codes: 64-byte aligned, zeroed, on 2 MiB pages where the system gives them (4 KiB pages cost up to a third
+ * of the bandwidth on virtual machines). NULL when there is none. Free with the same size. */
 LOWBIT_API void* lowbit_alloc(size_t bytes);
 LOWBIT_API void lowbit_free(void* memory, size_t bytes);
 
 /* ---- pack ---- */
 
 /* codes_out[rows][row_lines][64] from unpacked codes [rows][cols] (one a byte). Padding gets the zero point of its
- * group (so it decodes to zero). A code above 2^bits - 1 (trit: above 2) is LOWBIT_OUT_OF_RANGE, named by row and column.
- * Only format, rows, cols, group_size, scale_rows, scale_cols and zeros of `w` are read. */
+ * group (so it decodes to zero). A code above 2^bits - 1 (trit: above 2) is LOWBIT_OUT_OF_RANGE, named by row and
+ * column. Only format, rows, cols, group_size, scale_rows, scale_cols and zeros of `w` are read. */
 LOWBIT_API lowbit_status lowbit_pack_codes(const lowbit_matrix* w, const uint8_t* codes, uint8_t* codes_out);
 
 /* Round to nearest: the grid of each group from its minimum and maximum, scales rounded to scale_dtype first, then
  * codes. src [rows][cols] with row stride in elements. zeros_out NULL: symmetric (zero 2^(bits-1), scale
  * 2*max|w|/(2^bits-1)); else asymmetric. clip: 0 none, 1 searches the clipping that minimises sum |error|^2.4.
- * Ternary: scale mean|w| (clip 0) or the one that minimises that sum (clip 1), no zeros; a group that is ternary already,
- * its nonzero |w| all one number, keeps that number exactly.
+ * Ternary: scale mean|w| (clip 0) or the one that minimises that sum (clip 1), no zeros; a group that is ternary
+ * already, its nonzero |w| all one number, keeps that number exactly.
  * Non-finite weights are LOWBIT_INVALID_ARGUMENT. */
 LOWBIT_API lowbit_status lowbit_pack_float(lowbit_format format, int64_t rows, int64_t cols, int64_t group_size,
                                            const void* src, lowbit_dtype src_dtype, int64_t src_stride,
@@ -170,12 +172,12 @@ typedef struct lowbit_gptq_options {
 } lowbit_gptq_options;
 
 /* Quantizes weight [rows][cols] fp32, columns already in solving order, column by column, pushing each column's error
- * onto the columns after it. factor [cols][cols] fp32: U upper triangular, H^-1 = U^T U (what lies below the diagonal is
- * not read); NULL: errors are not pushed on, which is rounding to nearest. A diagonal that is not positive is
+ * onto the columns after it. factor [cols][cols] fp32: U upper triangular, H^-1 = U^T U (what lies below the diagonal
+ * is not read); NULL: errors are not pushed on, which is rounding to nearest. A diagonal that is not positive is
  * LOWBIT_NUMERIC. Writes codes [rows][cols], one a byte, scales [rows][G] fp32 (values exact in scale_dtype), zeros
  * [rows][G] (may be NULL when symmetric) and loss [rows] (sum of squared weighted errors; may be NULL). group_index
- * int32 [cols]: the group of each column (static grids with act-order), or NULL: column / group_size. The same bits
- * for every ISA, thread count and block size. */
+ * int32 [cols]: the group of each column (static grids with act-order), or NULL: column / group_size. The same bits for
+ * every ISA, thread count and block size. */
 LOWBIT_API lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, int64_t rows, int64_t cols,
                                            const float* weight, const float* factor, const int32_t* group_index,
                                            uint8_t* codes, float* scales, uint8_t* zeros, double* loss);
@@ -199,8 +201,8 @@ LOWBIT_API const char* lowbit_kernel_name(int index, int* runnable);
 LOWBIT_API const char* lowbit_selected_kernel(const char* verb, lowbit_format format);
 LOWBIT_API const char* lowbit_last_kernel(const char* verb);
 
-/* Read bandwidth of this machine in GB/s: the best of several plain and prefetching read loops over `bytes` of memory on
- * huge pages, with `threads` threads. What bench rows call the probe. 0 when memory is short. */
+/* Read bandwidth of this machine in GB/s: the best of several plain and prefetching read loops over `bytes` of memory
+ * on huge pages, with `threads` threads. What bench rows call the probe. 0 when memory is short. */
 LOWBIT_API double lowbit_read_bandwidth(size_t bytes, int threads);
 
 /* Threads the executor uses; 0 restores its default (OpenMP's, or the CPUs of this process). */
