@@ -66,27 +66,13 @@ const void* token(const void* x, lowbit_dtype dtype, int64_t stride, int64_t m) 
   return static_cast<const char*>(x) + m * stride * (dtype == LOWBIT_F32 ? 4 : 2);
 }
 
-// One token; its chunks' sums are gathered piece by piece.
 void quantize_row(const void* x, lowbit_dtype dtype, const int32_t* perm, int64_t m, const Activations* out) {
-  const Activations& a = *out;
-  int8_t* low = a.low + m * a.cols_padded;
-  int8_t* high = a.high ? a.high + m * a.cols_padded : nullptr;
-  float* step = a.step + m * a.chunks_padded;
-  int32_t* sum = a.sum + m * a.chunks_padded;
-  memset(step, 0, size_t(a.chunks_padded) * 4);
-  memset(sum, 0, size_t(a.chunks_padded) * 4);
-  const int64_t piece = a.chunk < kPiece ? a.chunk : kPiece;
-  auto largest = [&](int64_t begin, int64_t end) { return largest_of(x, dtype, perm, begin, end); };
-  ChunkStep wide{};
-  int64_t k = 0;
-  for (; k < a.cols; k += piece) {
-    const int64_t c = k / a.chunk;
-    const ChunkStep* given = shared_step(a, k, &wide, largest);
-    step[c] =
-        quantize_piece(x, dtype, perm, k, a.cols, int(piece), given, high ? high + k : nullptr, low + k, sum + c).step;
-  }
-  memset(low + k, 0, size_t(a.cols_padded - k));
-  if (high) memset(high + k, 0, size_t(a.cols_padded - k));
+  walk_row(
+      *out, m,
+      [&](int64_t k, int count, const ChunkStep* given, int8_t* high, int8_t* low, int32_t* sum) {
+        return quantize_piece(x, dtype, perm, k, out->cols, count, given, high, low, sum);
+      },
+      [&](int64_t begin, int64_t end) { return largest_of(x, dtype, perm, begin, end); });
 }
 
 // 64 columns of 16 rows of digits, rows 128 bytes apart, to [k/4][row][k%4].

@@ -3,6 +3,8 @@
 #ifndef LOWBIT_CPU_CHUNK_STEP_H
 #define LOWBIT_CPU_CHUNK_STEP_H
 
+#include <string.h>
+
 #include "cpu/float_types.h"
 #include "cpu/inline.h"
 #include "cpu/kernel.h"
@@ -44,6 +46,28 @@ LOWBIT_INLINE const ChunkStep* shared_step(const Activations& a, int64_t k, Chun
   if (k % a.chunk == 0)
     *wide = chunk_step(largest_of(k, k + a.chunk < a.cols ? k + a.chunk : a.cols), a.high != nullptr);
   return wide;
+}
+
+// Walks token m of the rows layout piece by piece, its chunks' sums gathered on the way.
+// quantize_piece(k, count, given step or NULL, high, low, sum) -> ChunkStep; largest_of as above.
+template <class QuantizePiece, class LargestOf>
+LOWBIT_INLINE void walk_row(const Activations& a, int64_t m, QuantizePiece quantize_piece, LargestOf largest_of) {
+  int8_t* low = a.low + m * a.cols_padded;
+  int8_t* high = a.high ? a.high + m * a.cols_padded : nullptr;
+  float* step = a.step + m * a.chunks_padded;
+  int32_t* sum = a.sum + m * a.chunks_padded;
+  memset(step, 0, size_t(a.chunks_padded) * 4);
+  memset(sum, 0, size_t(a.chunks_padded) * 4);
+  const int64_t piece = a.chunk < kPiece ? a.chunk : kPiece;
+  ChunkStep wide{};
+  int64_t k = 0;
+  for (; k < a.cols; k += piece) {
+    const int64_t c = k / a.chunk;
+    const ChunkStep* given = shared_step(a, k, &wide, largest_of);
+    step[c] = quantize_piece(k, int(piece), given, high ? high + k : nullptr, low + k, sum + c).step;
+  }
+  memset(low + k, 0, size_t(a.cols_padded - k));
+  if (high) memset(high + k, 0, size_t(a.cols_padded - k));
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #define LOWBIT_CPU_MATMUL_AVX2_H
 
 #include "cpu/planes_avx2.h"
+#include "cpu/row_codes.h"
 
 namespace lowbit {
 namespace {
@@ -63,28 +64,6 @@ struct BlockOperands {
   const int8_t* low[kTokens];
   int64_t plane, planes;  // first plane of the block; planes that the row stores
   Ahead ahead;            // of the prefetch
-};
-
-// Where the planes of a row are peeled from: the row itself, or for trits a stage of it, decoded to bytes in L1.
-template <int kBits>
-struct RowCodes {
-  LOWBIT_INLINE void seek(const uint8_t* row, int64_t plane, int64_t planes, const uint8_t** from, int64_t* at,
-                          int64_t* end) {
-    *from = row, *at = plane, *end = planes;
-  }
-};
-
-template <>
-struct RowCodes<kTrit> {
-  static constexpr int64_t kStage = 160;  // planes: whole lines, and whole blocks of every size
-  alignas(32) uint8_t bytes[kStage * 64];
-
-  LOWBIT_INLINE void seek(const uint8_t* row, int64_t plane, int64_t planes, const uint8_t** from, int64_t* at,
-                          int64_t* end) {
-    const int64_t stage = plane / kStage * kStage, count = planes - stage < kStage ? planes - stage : kStage;
-    if (plane == stage) decode_trits(row, stage / kTritPlanes, ceil_div(count, kTritPlanes), bytes);
-    *from = bytes, *at = plane - stage, *end = count;
-  }
 };
 
 template <int kBits, int kChunk, bool kTwoDigits, int kTokens>

@@ -94,6 +94,10 @@ LOWBIT_INLINE void decode_trits(const TritDecoder& trits, const uint8_t* row, in
   }
 }
 
+LOWBIT_INLINE void decode_trits(const uint8_t* row, int64_t line, int64_t count, uint8_t* to) {
+  decode_trits(TritDecoder(), row, line, count, to);
+}
+
 // The planes of a row whose lines exist: a plane beyond them must not be peeled (trits: that hold columns of the
 // matrix).
 template <int kBits>
