@@ -2,8 +2,8 @@
 //
 // A row of up to 40960 columns is ONE integer: its planes meet the digits in vpdpbusd and are added across the lanes
 // once. A line of 320 weights costs 11 operations to decode (planes_avx512.h) and 5 vpdpbusd, 10 with two digits. On
-// Zen 4 bound by the pipes that vpmaddubsw, vpermb and vpdpbusd share: 8 and 10.5 cycles a line at best, 9 and 12.6
-// measured (3.9 and 5.6 ns at 2.25 GHz); with the clock or the pipes for it, by the memory.
+// Zen 4 probably bound by the pipes that vpmaddubsw, vpermb and vpdpbusd share: 3.9 and 5.6 ns a line from L2, one
+// thread, a clock between 2.2 and 3.4 GHz; where those pipes or the clock allow it, by the memory.
 // Groups of columns with scales of their own, and tiles of 16 tokens, are those of matmul_avx512vnni.h.
 #include "cpu/matmul_avx512vnni.h"
 

@@ -580,7 +580,6 @@ def test_a_terminal_gets_colour_and_a_bar(capsys, monkeypatch, model, text):
     assert "2/2 windows" in out
 
 
-@pytest.mark.skipif(not CODE_MODEL.is_dir(), reason="tests/data/tiny-llama-code is not in this checkout")
 def test_a_trained_model_stays_itself(capsys, tmp_path):
     report, _ = run_json(
         capsys, "quantize", CODE_MODEL, "-o", tmp_path, "--rule", "embed_tokens=8", "--samples", 8, "--context", 256

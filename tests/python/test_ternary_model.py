@@ -19,8 +19,6 @@ transformers = pytest.importorskip("transformers")
 MODEL = Path(__file__).parents[1] / "data" / "tiny-ternary-code"
 WINDOWS, CONTEXT = 4, 256
 
-pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="tests/data/tiny-ternary-code is not in this checkout")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
