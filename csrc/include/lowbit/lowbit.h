@@ -182,6 +182,93 @@ LOWBIT_API lowbit_status lowbit_gptq_solve(const lowbit_gptq_options* options, i
                                            const float* weight, const float* factor, const int32_t* group_index,
                                            uint8_t* codes, float* scales, uint8_t* zeros, double* loss);
 
+/* ---- NVIDIA GPUs ----
+ *
+ * The same verbs over device pointers, from the same line layout. liblowbit_cuda.so is opened on the first of these
+ * calls; with no such library, no driver or no device they are LOWBIT_UNSUPPORTED with what was built, what was found
+ * and what to do. A call queues its work on the caller's stream and returns: it neither allocates nor waits, so it can
+ * be captured in a CUDA graph, and errors of the device itself show where the caller next synchronises. Matrices,
+ * operands and results lie on `device`; values (scales, perm, ternary bytes) are those lowbit_cuda_matrix_check passed:
+ * a bad one gives bad numbers, never a read out of bounds. */
+typedef struct lowbit_cuda_queue {
+  int32_t device;
+  void* stream; /* cudaStream_t; NULL is the default stream */
+} lowbit_cuda_queue;
+
+typedef struct lowbit_cuda_device {
+  char name[128];
+  int32_t arch;             /* 10 * major + minor of the compute capability */
+  int32_t multiprocessors;
+  int32_t shared_per_block; /* bytes of shared memory that a block may have */
+  int32_t shared_per_sm;    /* bytes of shared memory of a multiprocessor */
+  int32_t driver, runtime;  /* CUDA versions: 13000 is 13.0 */
+} lowbit_cuda_device;
+
+/* "75 80 90a +PTX": the architectures that liblowbit_cuda.so was built for; "" when it cannot be opened. */
+LOWBIT_API const char* lowbit_cuda_architectures(void);
+LOWBIT_API lowbit_status lowbit_cuda_device_count(int32_t* count);
+LOWBIT_API lowbit_status lowbit_cuda_describe(int32_t device, lowbit_cuda_device* description);
+
+/* How a product will be computed: a pure function of the matrix, the number of tokens, the dtype and the device. */
+typedef struct lowbit_cuda_plan {
+  char kernel[32];        /* "int4_decode", "int4_tile", "trit_integer", "int4_plain" */
+  int32_t prefers_unpack; /* 1: at this size unpacking and a dense product is the faster way (the caller's to take) */
+  size_t workspace_bytes; /* device memory at a multiple of 256 that lowbit_cuda_matmul needs; 0: none */
+  size_t zeroed_bytes;    /* so many of its first bytes must be zero before its first use; calls leave them so */
+} lowbit_cuda_plan;
+
+LOWBIT_API lowbit_status lowbit_cuda_matmul_plan(const lowbit_cuda_device* device, const lowbit_matrix* w,
+                                                 int64_t tokens, lowbit_dtype dtype, lowbit_activations activations,
+                                                 lowbit_cuda_plan* plan);
+
+/* As lowbit_matmul. Of one kernel, a token's result does not depend on the other tokens; sums are in a fixed order. */
+LOWBIT_API lowbit_status lowbit_cuda_matmul(const lowbit_cuda_queue* queue, const lowbit_matrix* w, const void* x,
+                                            lowbit_dtype dtype, int64_t tokens, int64_t x_stride, const void* bias,
+                                            lowbit_dtype bias_dtype, void* y, int64_t y_stride,
+                                            lowbit_activations activations, void* workspace, size_t workspace_bytes);
+
+/* As lowbit_gather; an id outside [0, rows) gives a row of zeros (CLAMP: the nearest row). ERROR also writes the
+ * smallest place of such an id to *first_bad, device memory that held INT64_MAX. padding_id (-1: none) always gives
+ * zeros. */
+LOWBIT_API lowbit_status lowbit_cuda_gather(const lowbit_cuda_queue* queue, const lowbit_matrix* w, const void* ids,
+                                            lowbit_dtype id_dtype, int64_t count, lowbit_id_policy policy,
+                                            int64_t padding_id, int64_t* first_bad, void* out, lowbit_dtype out_dtype,
+                                            int64_t out_stride);
+
+/* out[b] = sum (mean: over the rows counted) of W[ids[i]] for offsets[b] <= i < offsets[b + 1], summed in fp32 in the
+ * order of ids; padding_id is left out; an empty bag is zeros. offsets int64 [bags + 1], nondecreasing; what lies
+ * outside [0, count] is cut off. */
+LOWBIT_API lowbit_status lowbit_cuda_gather_bags(const lowbit_cuda_queue* queue, const lowbit_matrix* w,
+                                                 const void* ids, lowbit_dtype id_dtype, int64_t count,
+                                                 const int64_t* offsets, int64_t bags, int mean,
+                                                 lowbit_id_policy policy, int64_t padding_id, int64_t* first_bad,
+                                                 void* out, lowbit_dtype out_dtype, int64_t out_stride);
+
+/* As lowbit_unpack, lowbit_unpack_codes and lowbit_pack_codes. A code that the format lacks is packed as its low bits
+ * (trit: as 2), and the smallest such place goes to *first_bad (device memory that held INT64_MAX, or NULL). */
+LOWBIT_API lowbit_status lowbit_cuda_unpack(const lowbit_cuda_queue* queue, const lowbit_matrix* w, int64_t row_begin,
+                                            int64_t row_end, void* out, lowbit_dtype out_dtype, int64_t out_stride);
+LOWBIT_API lowbit_status lowbit_cuda_unpack_codes(const lowbit_cuda_queue* queue, const lowbit_matrix* w,
+                                                  int64_t row_begin, int64_t row_end, uint8_t* out);
+LOWBIT_API lowbit_status lowbit_cuda_pack_codes(const lowbit_cuda_queue* queue, const lowbit_matrix* w,
+                                                const uint8_t* codes, uint8_t* codes_out, int64_t* first_bad);
+
+/* The values of a matrix, as lowbit_matrix_check(w, 1): the smallest place (index into its array) of a scale that is
+ * not finite (trit: or is 0), of a zero too large, of a perm entry outside [0, cols) or met twice (then the later one),
+ * of a byte that encodes no trits, each to bad[0..3], device memory that held INT64_MAX. workspace: device memory of
+ * cols bytes, used when there is a perm. */
+LOWBIT_API lowbit_status lowbit_cuda_matrix_check(const lowbit_cuda_queue* queue, const lowbit_matrix* w, int64_t* bad,
+                                                  void* workspace, size_t workspace_bytes);
+
+/* As lowbit_gptq_solve, over device memory: the same codes, scales and zeros. Weights and diagonals are the caller's to
+ * check. With a NULL factor it is rounding to nearest. */
+LOWBIT_API lowbit_status lowbit_cuda_gptq_workspace(const lowbit_gptq_options* options, int64_t rows, int64_t cols,
+                                                    size_t* bytes);
+LOWBIT_API lowbit_status lowbit_cuda_gptq_solve(const lowbit_cuda_queue* queue, const lowbit_gptq_options* options,
+                                                int64_t rows, int64_t cols, const float* weight, const float* factor,
+                                                const int32_t* group_index, uint8_t* codes, float* scales,
+                                                uint8_t* zeros, double* loss, void* workspace, size_t workspace_bytes);
+
 /* ---- the machine ---- */
 
 /* "avx2 fma avx512f avx512bw avx512vl avx512vbmi avx512vnni": what the CPU and the operating system offer. */
