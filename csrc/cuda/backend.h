@@ -81,8 +81,8 @@ struct CudaBackend {
                               uint8_t* lines, int64_t* first_bad, CudaMessage* message);
   lowbit_status (*unpack_codes)(const lowbit_cuda_queue* queue, const lowbit_matrix* w, int64_t row_begin,
                                 int64_t row_end, uint8_t* codes, CudaMessage* message);
-  // bad[0..3] and seen[cols]: see lowbit_cuda_matrix_check.
-  lowbit_status (*check)(const lowbit_cuda_queue* queue, const lowbit_matrix* w, int64_t* bad, uint8_t* seen,
+  // bad[0..3]: see lowbit_cuda_matrix_check. first: scratch [cols], may be NULL without a perm.
+  lowbit_status (*check)(const lowbit_cuda_queue* queue, const lowbit_matrix* w, int64_t* bad, uint32_t* first,
                          CudaMessage* message);
   size_t (*solve_workspace)(const CudaSolve* call);
   lowbit_status (*solve)(const lowbit_cuda_queue* queue, const CudaSolve* call, CudaMessage* message);

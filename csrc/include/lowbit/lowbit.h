@@ -254,9 +254,9 @@ LOWBIT_API lowbit_status lowbit_cuda_pack_codes(const lowbit_cuda_queue* queue, 
                                                 const uint8_t* codes, uint8_t* codes_out, int64_t* first_bad);
 
 /* The values of a matrix, as lowbit_matrix_check(w, 1): the smallest place (index into its array) of a scale that is
- * not finite (trit: or is 0), of a zero too large, of a perm entry outside [0, cols) or met twice (then the later one),
- * of a byte that encodes no trits, each to bad[0..3], device memory that held INT64_MAX. workspace: device memory of
- * cols bytes, used when there is a perm. */
+ * not finite (trit: or is 0), of a zero too large, of a perm entry outside [0, cols) or equal to an earlier one, of a
+ * byte that encodes no trits, each to bad[0..3], device memory that held INT64_MAX. workspace: 4 * cols bytes of device
+ * memory, used when there is a perm. */
 LOWBIT_API lowbit_status lowbit_cuda_matrix_check(const lowbit_cuda_queue* queue, const lowbit_matrix* w, int64_t* bad,
                                                   void* workspace, size_t workspace_bytes);
 
