@@ -37,7 +37,10 @@ __device__ __forceinline__ T ldg(const T* from) {
   return __ldg(from);
 }
 // Written by other blocks of this launch: not through the incoherent cache.
-__device__ __forceinline__ float ld_shared_result(const float* from) { return __ldcg(from); }
+template <class T>
+__device__ __forceinline__ T ld_shared_result(const T* from) {
+  return __ldcg(from);
+}
 
 // ---- asynchronous copies: global to shared, behind the back of the registers ----
 // cp_async16 copies `bytes` (16, or 0: zeros are written) and passes by L1; cp_async4 copies `bytes` of 4, the rest
