@@ -34,7 +34,9 @@ struct Thread {
 
 struct Warp {
   uint32_t ready, at_collective, at_barrier, exited;  // every slot is in one of these
-  bool uniform;                                       // those at a collective are all at the same one
+  bool uniform;                                       // those at a collective are all at the same one: this
+  Wait kind;
+  int line;
   // Accesses of this warp's lanes since its last collective carry this stamp (shared.cpp).
   uint32_t stamp;
   // Operands and results of a collective, by lane. A lane touches only its own place.

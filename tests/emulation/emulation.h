@@ -159,12 +159,7 @@ inline void atomic_min(unsigned long long* at, unsigned long long value) { *at =
 inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t result = 0;
-  for (int i = 0; i < 4; i++) {
-    const uint32_t pick = selector >> 4 * i & 15;
-    uint32_t byte = uint32_t(bytes >> 8 * (pick & 7)) & 255;
-    if (pick & 8) byte = byte & 128 ? 255 : 0;  // prmt's high bit: the sign, over the whole byte
-    result |= byte << 8 * i;
-  }
+  for (int i = 0; i < 4; i++) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
 inline float as_float(uint32_t bits) {
@@ -182,9 +177,11 @@ inline uint32_t as_bits(float value) {
 
 inline float from_f16(uint16_t bits) {
   const uint32_t magnitude = uint32_t(bits & 0x7fff) << 13;
-  // The exponent's bias goes from 15 to 127 by one exact multiplication, which normalises subnormals as well.
+  // The exponent's bias goes from 15 to 127 by one exact multiplication, which normalises subnormals as well. Only
+  // infinity and (quieted) NaN need more: every bit of the exponent.
   uint32_t value = as_bits(as_float(magnitude) * 0x1p112f);
-  if (magnitude >= 0x7c00u << 13) value = magnitude | 0x7f800000 | (magnitude > 0x7c00u << 13 ? 0x400000 : 0);
+  value |= magnitude >= 0x7c00u << 13 ? 0x7f800000 : 0;
+  value |= magnitude > 0x7c00u << 13 ? 0x400000 : 0;
   return as_float(value | uint32_t(bits & 0x8000) << 16);
 }
 inline uint16_t to_f16(float value) {

@@ -6,44 +6,57 @@ namespace lowbit {
 namespace emulation {
 namespace {
 
-inline __attribute__((always_inline)) float widen_f16(uint16_t bits) { return cuda::from_f16(bits); }
-inline __attribute__((always_inline)) float widen_bf16(uint16_t bits) { return cuda::from_bf16(bits); }
+#define LOWBIT_INLINE inline __attribute__((always_inline))
 
-// Products are exact in double (11 bits times 11), so that a fused and a separate addition agree; the sum is rounded to
-// fp32 once.
+LOWBIT_INLINE float widen_f16(uint16_t bits) { return cuda::from_f16(bits); }
+LOWBIT_INLINE float widen_bf16(uint16_t bits) { return cuda::from_bf16(bits); }
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef double Doubles __attribute__((vector_size(32)));
+
+// A register of D holds every second column of eight rows, so sums and B are kept as even and odd columns. Products are
+// exact in double (11 bits times 11), so that a fused and a separate addition agree; the sum is rounded to fp32 once.
 template <float (*Widen)(uint16_t)>
-inline __attribute__((always_inline)) void multiply_16bit(Warp& warp) {
-  uint16_t halves[8 * 8];
-  double a[16][16], b[16][8], d[16][8];
-  for (int part = 0; part < 4; part++) {
-    memcpy(halves, warp.a[part], sizeof halves);
-    for (int row = 0; row < 8; row++)
-      for (int k = 0; k < 8; k++) a[row + 8 * (part & 1)][k + 8 * (part >> 1)] = double(Widen(halves[8 * row + k]));
-  }
-  for (int part = 0; part < 2; part++) {
-    memcpy(halves, warp.b[part], sizeof halves);
-    float wide[64];
-    for (int i = 0; i < 64; i++) wide[i] = Widen(halves[i]);
-    for (int k = 0; k < 8; k++)
-      for (int column = 0; column < 8; column++) b[8 * part + k][column] = double(wide[8 * column + k]);
-  }
-  for (int row = 0; row < 16; row++)
+LOWBIT_INLINE void multiply_16bit(Warp& warp) {
+  uint16_t halves[4 * 64];
+  double a[4 * 64];       // [register][row][k]
+  float columns[2 * 64];  // [register][column][k]
+  double b[16][2][4];     // [k][odd][column / 2]
+  memcpy(halves, warp.a, sizeof warp.a);
+  for (int i = 0; i < 4 * 64; i++) a[i] = double(Widen(halves[i]));
+  memcpy(halves, warp.b, sizeof warp.b);
+  for (int i = 0; i < 2 * 64; i++) columns[i] = Widen(halves[i]);
+  for (int k = 0; k < 16; k++)
     for (int column = 0; column < 8; column++)
-      d[row][column] = double(cuda::as_float(warp.d[row / 8 * 2 + column % 2][4 * (row % 8) + column / 2]));
+      b[k][column % 2][column / 2] = double(columns[k / 8 * 64 + 8 * column + k % 8]);
+
   for (int row = 0; row < 16; row += 4) {
-    double sum[4][8];
-    memcpy(sum, d[row], sizeof sum);
-    for (int k = 0; k < 16; k++)
-      for (int i = 0; i < 4; i++)
-        for (int column = 0; column < 8; column++) sum[i][column] += a[row + i][k] * b[k][column];
-    memcpy(d[row], sum, sizeof sum);
+    Doubles sum[4][2];
+    const auto d = [&](int i, int odd) { return &warp.d[row / 8 * 2 + odd][4 * (row % 8 + i)]; };
+    for (int i = 0; i < 4; i++) {
+      for (int odd = 0; odd < 2; odd++) {
+        Floats before;
+        memcpy(&before, d(i, odd), sizeof before);
+        sum[i][odd] = __builtin_convertvector(before, Doubles);
+      }
+    }
+    for (int k = 0; k < 16; k++) {
+      Doubles even, odd;
+      memcpy(&even, b[k][0], sizeof even);
+      memcpy(&odd, b[k][1], sizeof odd);
+      const double* column = a + (row / 8 + k / 8 * 2) * 64 + row % 8 * 8 + k % 8;
+      for (int i = 0; i < 4; i++) sum[i][0] += column[8 * i] * even, sum[i][1] += column[8 * i] * odd;
+    }
+    for (int i = 0; i < 4; i++) {
+      for (int odd = 0; odd < 2; odd++) {
+        const Floats after = __builtin_convertvector(sum[i][odd], Floats);
+        memcpy(d(i, odd), &after, sizeof after);
+      }
+    }
   }
-  for (int row = 0; row < 16; row++)
-    for (int column = 0; column < 8; column++)
-      warp.d[row / 8 * 2 + column % 2][4 * (row % 8) + column / 2] = cuda::as_bits(float(d[row][column]));
 }
 
-inline __attribute__((always_inline)) void multiply_8bit(Warp& warp) {
+LOWBIT_INLINE void multiply_8bit(Warp& warp) {
   int16_t a[16][32], b[8][32];
   for (int part = 0; part < 4; part++) {
     uint8_t bytes[8][16];

@@ -201,12 +201,8 @@ void meet(Wait wait, const Place& place, F compute) {
   Thread& me = *block.running;
   Warp& warp = block.warp[me.warp];
   me.wait = wait, me.place = place;
-  if (!warp.at_collective) {
-    warp.uniform = true;
-  } else {
-    const Thread& first = thread_at(me.warp, __builtin_ctz(warp.at_collective));
-    warp.uniform &= first.wait == wait && first.place.line == place.line;
-  }
+  if (!warp.at_collective) warp.uniform = true, warp.kind = wait, warp.line = place.line;
+  warp.uniform &= warp.kind == wait && warp.line == place.line;
   warp.at_collective |= 1u << me.slot;
   warp.ready &= ~(1u << me.slot);
   if (warp.at_collective != ~0u || !warp.uniform) return run_someone_else(me);
