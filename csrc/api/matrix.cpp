@@ -46,7 +46,7 @@ lowbit_status check_perm(const int32_t* perm, int64_t cols) {
               perm[j]);
 }
 
-lowbit_status check_matrix(const lowbit_matrix* w, lowbit_matrix* normalised) {
+lowbit_status check_layout(const lowbit_matrix* w, lowbit_matrix* normalised) {
   if (!w) return fail(LOWBIT_INVALID_ARGUMENT, "matrix: expected a pointer, got NULL");
   *normalised = *w;
   LOWBIT_TRY(check_shape(w->format, w->rows, w->cols));
@@ -66,8 +66,12 @@ lowbit_status check_matrix(const lowbit_matrix* w, lowbit_matrix* normalised) {
   if (w->zeros && w->format == LOWBIT_TRIT)
     return fail(LOWBIT_INVALID_ARGUMENT,
                 "zeros: expected NULL for trit, whose codes 0, 1, 2 mean -1, 0, 1; got a pointer");
-  if (w->perm) LOWBIT_TRY(check_perm(w->perm, w->cols));
   return LOWBIT_OK;
+}
+
+lowbit_status check_matrix(const lowbit_matrix* w, lowbit_matrix* normalised) {
+  LOWBIT_TRY(check_layout(w, normalised));
+  return w->perm ? check_perm(w->perm, w->cols) : LOWBIT_OK;
 }
 
 // Every byte of a ternary matrix is one that packing writes. Thirteen values never are: they would decode like their

@@ -20,8 +20,10 @@ lowbit_status check_shape(int format, int64_t rows, int64_t cols);
 lowbit_status check_group_size(int64_t cols, int64_t group_size);  // after normalising
 lowbit_status check_perm(const int32_t* perm, int64_t cols);       // every entry in [0, cols)
 
-// The matrix with its group size normalised, after the checks that cost nothing (and perm's range, which kernels index
-// by).
+// The matrix with its group size normalised, after the checks that read none of its values.
+lowbit_status check_layout(const lowbit_matrix* w, lowbit_matrix* normalised);
+
+// The same and perm's range, which CPU kernels index by.
 lowbit_status check_matrix(const lowbit_matrix* w, lowbit_matrix* normalised);
 
 #define LOWBIT_TRY(call)                                                            \

@@ -1,22 +1,25 @@
-# LOWBIT_CUDA decides about liblowbit_cuda, the library of GPU kernels that liblowbit opens on the first CUDA call.
-# Its sources (csrc/cuda/backend.cu and the kernels) are not part of the tree yet: AUTO and OFF build the CPU library, ON
-# says what is missing instead of building something that does less than it was asked for.
+# LOWBIT_CUDA decides about liblowbit_cuda, the library of GPU kernels that liblowbit opens on the first GPU call: AUTO
+# builds it where nvcc is found, ON demands it, OFF does without.
 if(NOT LOWBIT_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "LOWBIT_CUDA: expected AUTO, ON or OFF, got ${LOWBIT_CUDA}")
 endif()
+# Given explicitly, or what a development build makes do with: one architecture of every kind of code (no cp.async, cp.async,
+# the newest tensor cores), each for real, none to be compiled at load.
+set(LOWBIT_CUDA_ARCHITECTURES "75-real;80-real;90a-real" CACHE STRING "Architectures of liblowbit_cuda, as CMAKE_CUDA_ARCHITECTURES has them")
+option(LOWBIT_CUDA_RELEASE "Build liblowbit_cuda for every architecture, and PTX" OFF)
 include(CheckLanguage)
-set(LOWBIT_CUDA_BACKEND ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/backend.cu)
 if(LOWBIT_CUDA STREQUAL "OFF")
   set(LOWBIT_CUDA_STATE "not built (LOWBIT_CUDA=OFF)")
-elseif(NOT EXISTS ${LOWBIT_CUDA_BACKEND})
-  if(LOWBIT_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "LOWBIT_CUDA=ON: this version has no CUDA kernels (csrc/cuda/backend.cu); use AUTO or OFF")
-  endif()
-  set(LOWBIT_CUDA_STATE "not built (this version has no CUDA kernels)")
 else()
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
     set(LOWBIT_CUDA_STATE "built")
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      set(CMAKE_CUDA_ARCHITECTURES 80)  # of the compiler's own test program
+    else()
+      set(LOWBIT_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+    endif()
+    enable_language(CUDA)
     add_subdirectory(csrc/cuda)
   elseif(LOWBIT_CUDA STREQUAL "ON")
     message(FATAL_ERROR "LOWBIT_CUDA=ON: no nvcc was found; set CUDACXX or CMAKE_CUDA_COMPILER")

@@ -156,6 +156,7 @@ constexpr DecodePlan plan_decode(int bits, int64_t rows, int64_t cols, int64_t t
 struct TilePlan {
   int32_t row_tiles;    // of 16 rows a warp: 1 or 2
   int32_t token_tiles;  // of 8 tokens a block: 4 or 8
+  Scales scales;        // unit or plane
   int32_t stages;       // units under way: 2, 3 or 4; 0: no tile kernel fits this device
   int32_t splits;       // parts of K, summed in order: a function of (N, K) and the device
   int32_t split_units;
@@ -169,16 +170,18 @@ struct TilePlan {
 constexpr TilePlan plan_tile(int bits, int64_t rows, int64_t cols, int64_t tokens, Scales scales,
                              const lowbit_cuda_device& d) {
   const int32_t units = int32_t(ceil_div(cols, unit_cols(bits)));
-  // 32 rows a warp halve what a block reads of its activations, where that leaves few multiprocessors idle.
-  const bool wide = 4 * ceil_div(rows, 2 * kTileRows * kWarps) >= 3 * d.multiprocessors;
+  // 32 rows a warp halve what a block reads of its activations, where that leaves few multiprocessors idle. Registers
+  // allow it to int4 and int2 with 64 tokens.
+  const bool wide = (bits == 4 || bits == 2) && tokens > 32 && 4 * ceil_div(rows, 2 * kTileRows * kWarps) >= 3 * d.multiprocessors;
   for (int32_t row_tiles = wide ? 2 : 1; row_tiles >= 1; row_tiles--)
-    for (int32_t token_tiles = tokens > 32 ? 8 : 4; token_tiles >= 4; token_tiles /= 2)
+    for (int32_t token_tiles = tokens > 32 ? 8 : 4; token_tiles >= (row_tiles == 2 ? 8 : 4); token_tiles /= 2)
       for (int32_t stages = 4; stages >= 2; stages--) {
         TilePlan p{};
         p.row_tiles = row_tiles;
         p.token_tiles = token_tiles;
         p.stages = stages;
-        p.slot_bytes = slot_bytes(bits, scales);
+        p.scales = row_tiles == 2 ? Scales::plane : scales;
+        p.slot_bytes = slot_bytes(bits, p.scales);
         p.x_stride = 2 * unit_cols(bits) + 16;
         p.sums_at = uint32_t(p.x_stride * kTileTokens * token_tiles);
         p.weights_at = p.sums_at + uint32_t(4 * unit_planes(bits) * kTileTokens * token_tiles);

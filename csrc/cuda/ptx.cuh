@@ -156,6 +156,13 @@ __device__ __forceinline__ uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t s
 __device__ __forceinline__ float as_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t as_bits(float value) { return __float_as_uint(value); }
 
+// The same value, about which the compiler knows nothing: what is computed from it in a loop stays there, where registers
+// are worth more than instructions.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- conversions, rounded to nearest even ----
 
 __device__ __forceinline__ float from_f16(uint16_t bits) {

@@ -57,9 +57,10 @@ __global__ void __launch_bounds__(kThreads, 1) tile(const TileArguments a) {
                        i % (kTokens / 4) * 4);
 #pragma unroll
       for (int r = 0; r < RowTiles; r++) {  // made anew each time: its addresses would take registers from the sums
-        UnitCopier<Bits, Groups> copier(w, lane);
-        copier.go_to(w, first_tile + r, lane);
-        copier.copy(w, unit, lane, stage + plan.weights_at + uint32_t((warp * RowTiles + r) * plan.slot_bytes));
+        const int here = opaque(lane);
+        UnitCopier<Bits, Groups> copier(w, here);
+        copier.go_to(w, first_tile + r, here);
+        copier.copy(w, unit, here, stage + plan.weights_at + uint32_t((warp * RowTiles + r) * plan.slot_bytes));
       }
     }
     cp_async_commit();

@@ -12,20 +12,11 @@
 #include "dispatch/select.h"
 #include "lowbit/formats.h"
 #include "solver/panel.h"
+#include "solver/problem.h"
 
 namespace lowbit {
 
-namespace {
-
-constexpr int64_t kPanelLaneGroups = 8;
 constexpr int64_t kMaxDimension = int64_t(1) << 31;
-
-// Everything about one call but its pointers, normalised.
-struct Problem {
-  GridRule rule;
-  bool static_grids;
-  int64_t rows, cols, group_size, groups, block_size, strips;
-};
 
 lowbit_status normalise(const lowbit_gptq_options& options, int64_t rows, int64_t cols, Problem* problem) {
   const int bits = options.format;
@@ -60,6 +51,10 @@ lowbit_status normalise(const lowbit_gptq_options& options, int64_t rows, int64_
               ceil_div(cols, kStripCols)};
   return LOWBIT_OK;
 }
+
+namespace {
+
+constexpr int64_t kPanelLaneGroups = 8;
 
 lowbit_status check_group_index(const Problem& problem, const int32_t* group_index) {
   if (!group_index) return LOWBIT_OK;

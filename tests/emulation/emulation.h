@@ -101,7 +101,10 @@ T ldg(const T* from, emulation::Place place = {}) {
   memcpy(&value, static_cast<const void*>(from), sizeof value);
   return value;
 }
-inline float ld_shared_result(const float* from, emulation::Place place = {}) { return ldg(from, place); }
+template <class T>
+T ld_shared_result(const T* from, emulation::Place place = {}) {
+  return ldg(from, place);
+}
 
 // ---- asynchronous copies ----
 
@@ -172,6 +175,8 @@ inline uint32_t as_bits(float value) {
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+
+inline int opaque(int value) { return value; }
 
 // ---- conversions, rounded to nearest even ----
 
