@@ -39,7 +39,7 @@ lowbit_status describe(int32_t index, lowbit_cuda_device* out, CudaMessage* mess
   cudaError_t error = cudaGetDeviceProperties(&properties, index);
   if (error != cudaSuccess) return succeed_or(error, "device", message);
   memset(out, 0, sizeof *out);
-  snprintf(out->name, sizeof out->name, "%s", properties.name);
+  snprintf(out->name, sizeof out->name, "%.127s", properties.name);
   out->arch = 10 * properties.major + properties.minor;
   out->multiprocessors = properties.multiProcessorCount;
   out->shared_per_block = int32_t(properties.sharedMemPerBlockOptin);

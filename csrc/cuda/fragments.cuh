@@ -53,7 +53,8 @@ struct Terms {
     const uint32_t mask = (1u << kWidth) - 1;
     if (!Bf16) return word >> 8 * odd & (mask << position(p, t)) * 0x00010001u;
     const int shift = position(p, t) + 8 * odd - kTo;
-    return ((shift >= 0 ? word >> shift : word << -shift) & (mask << kTo) * 0x00010001u) | 0x43004300u;
+    const uint32_t moved = word >> (shift > 0 ? shift : 0) << (shift < 0 ? -shift : 0);
+    return (moved & (mask << kTo) * 0x00010001u) | 0x43004300u;
   }
 };
 

@@ -17,8 +17,7 @@ struct UnitCopier {
   uintptr_t side_tail;  // the array's last aligned word,
   uint32_t side_tail_bytes, side_bytes;  // which may be short; bytes of an element, 0 where there is nothing to copy
 
-  UnitCopier() = default;
-  __device__ __forceinline__ UnitCopier(const MatrixArguments& w, int lane) {
+  __device__ __forceinline__ UnitCopier(const MatrixArguments& w, int lane) : lines{}, side(0) {
     const bool zeros = lane >= 16;
     side_bytes = zeros ? (w.zeros ? 1 : 0) : uint32_t(w.scale_bytes);
     const uintptr_t end = zeros ? reinterpret_cast<uintptr_t>(w.zeros) + uintptr_t(w.scale_count)
