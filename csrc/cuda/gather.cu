@@ -19,6 +19,12 @@ namespace {
 template <lowbit_dtype Dtype>
 constexpr int kBytes = Dtype == LOWBIT_F32 ? 4 : 2;
 
+// Steps that give a lane about four planes, so that its loads are under way together.
+template <int Bits>
+constexpr int kSteps = Format<Bits>::kPlanes == 1   ? 4
+                       : Format<Bits>::kPlanes == 2 ? 2
+                                                    : 1;
+
 // Bits of a value, rounded once.
 template <lowbit_dtype Dtype>
 __device__ __forceinline__ uint32_t rounded(float value) {

@@ -191,12 +191,6 @@ struct Segment {
   static __device__ __forceinline__ int byte() { return int(threadIdx.x % kLanesOfLine) * 4 * Quads; }
 };
 
-// Steps that give a lane about four planes, so that its loads are under way together.
-template <int Bits>
-constexpr int kSteps = Format<Bits>::kPlanes == 1   ? 4
-                       : Format<Bits>::kPlanes == 2 ? 2
-                                                    : 1;
-
 }  // namespace cuda
 }  // namespace lowbit
 #endif
