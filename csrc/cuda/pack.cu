@@ -123,8 +123,10 @@ __global__ void __launch_bounds__(32 * kRowWarps, 2)
         *reinterpret_cast<uint4*>(to + k) = joined(four);
       } else {
 #pragma unroll
-        for (int j = 0; j < kColumns; j++)
-          if (k + j < shape.cols) to[k + j] = uint8_t(four[j / 4] >> 8 * (j % 4));
+        for (int quad = 0; quad < kQuads; quad++)
+#pragma unroll 1  // unrolled, the addresses of all planes' bytes fill the registers
+          for (uint32_t j = k + 4 * quad; j < min(k + 4 * quad + 4, shape.cols); j++, four[quad] >>= 8)
+            to[j] = uint8_t(four[quad]);
       }
     }
   });
