@@ -1,4 +1,4 @@
-// Float arithmetic that is exactly what it says: nvcc may fuse a * b + c into one rounding, these are never fused.
+// A product that is rounded by itself: nvcc would fuse it with a sum that it goes into.
 #ifndef LOWBIT_CUDA_EXACT_CUH
 #define LOWBIT_CUDA_EXACT_CUH
 
@@ -8,10 +8,8 @@ namespace lowbit {
 namespace cuda {
 
 #if defined(LOWBIT_EMULATED)
-inline float exact_add(float a, float b) { return a + b; }
 inline float exact_mul(float a, float b) { return a * b; }
 #else
-__device__ __forceinline__ float exact_add(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float exact_mul(float a, float b) { return __fmul_rn(a, b); }
 #endif
 

@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(32 * kRowWarps, 2)
 #pragma unroll
       for (int plane = 0; plane < kPlanes; plane++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) sum[plane][j] = exact_add(sum[plane][j], part.value(plane, j));
+        for (int j = 0; j < 4; j++) sum[plane][j] += part.value(plane, j);
     }
 #pragma unroll
     for (int plane = 0; plane < kPlanes; plane++) {
