@@ -146,6 +146,7 @@ __device__ __forceinline__ void fence() { __threadfence(); }
 // *at + 1, or 0 once *at is `last`; returns the old value. Tickets: they are back at 0 when everyone has drawn.
 __device__ __forceinline__ uint32_t draw_ticket(uint32_t* at, uint32_t last) { return atomicInc(at, last); }
 __device__ __forceinline__ void atomic_min(unsigned long long* at, unsigned long long value) { atomicMin(at, value); }
+__device__ __forceinline__ void atomic_min(uint32_t* at, uint32_t value) { atomicMin(at, value); }
 
 // ---- bits ----
 

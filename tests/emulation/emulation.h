@@ -156,6 +156,7 @@ inline uint32_t draw_ticket(uint32_t* at, uint32_t last) {
   return old;
 }
 inline void atomic_min(unsigned long long* at, unsigned long long value) { *at = min(*at, value); }
+inline void atomic_min(uint32_t* at, uint32_t value) { *at = min(*at, value); }
 
 // ---- bits ----
 
