@@ -55,8 +55,8 @@ lowbit_status check_rows(const lowbit_matrix& m, int64_t begin, int64_t end, con
 
 lowbit_status check_workspace(const void* workspace, size_t bytes, size_t needed) {
   if (!needed || (workspace && bytes >= needed && uintptr_t(workspace) % 256 == 0)) return LOWBIT_OK;
-  return fail(LOWBIT_INVALID_ARGUMENT, "workspace: expected %zu bytes at a multiple of 256, got %zu at %p", needed, bytes,
-              workspace);
+  return fail(LOWBIT_INVALID_ARGUMENT, "workspace: expected %zu bytes at a multiple of 256, got %zu at %p", needed,
+              bytes, workspace);
 }
 
 lowbit_status check_matmul(const lowbit_matrix* w, int64_t tokens, lowbit_dtype dtype, lowbit_activations activations,
@@ -250,9 +250,8 @@ lowbit_status lowbit_cuda_unpack_codes(const lowbit_cuda_queue* queue, const low
   Target target;
   LOWBIT_TRY(find_target(queue, &target));
   if (row_end == row_begin) return LOWBIT_OK;
-  return run([&](CudaMessage* message) {
-    return target.backend->unpack_codes(queue, &m, row_begin, row_end, out, message);
-  });
+  return run(
+      [&](CudaMessage* message) { return target.backend->unpack_codes(queue, &m, row_begin, row_end, out, message); });
 }
 
 lowbit_status lowbit_cuda_pack_codes(const lowbit_cuda_queue* queue, const lowbit_matrix* w, const uint8_t* codes,

@@ -13,13 +13,13 @@ namespace cuda {
 struct MatrixArguments {
   const uint8_t* codes;
   const void* scales;
-  const uint8_t* zeros;  // or NULL
-  const int32_t* perm;   // or NULL
+  const uint8_t* zeros;            // or NULL
+  const int32_t* perm;             // or NULL
   int64_t rows, scale_row_stride;  // scales between two rows: the groups, 1, or 0 (one scale for all)
   int64_t scale_count;
   int32_t cols, row_lines, group_size, groups;  // groups: 1 where a row has one scale
-  int32_t group_planes;   // planes of a group where it has whole ones; a row with one scale is one group
-  int32_t group_shift;    // log2 of group_planes where that is a whole number, else -1
+  int32_t group_planes;  // planes of a group where it has whole ones; a row with one scale is one group
+  int32_t group_shift;   // log2 of group_planes where that is a whole number, else -1
   int32_t scale_dtype, scale_bytes;
 };
 

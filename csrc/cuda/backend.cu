@@ -27,8 +27,8 @@ lowbit_status device_count(int32_t* count, CudaMessage* message) {
   snprintf(message->text, sizeof message->text,
            "no usable GPU: %s; built with CUDA %d.%d for architectures %s, %s. Install an NVIDIA driver for CUDA %d or "
            "newer, or keep tensors on the CPU",
-           error == cudaSuccess ? "no device was found" : cudaGetErrorString(error), runtime / 1000, runtime % 1000 / 10,
-           LOWBIT_CUDA_ARCHITECTURES, found, runtime / 1000);
+           error == cudaSuccess ? "no device was found" : cudaGetErrorString(error), runtime / 1000,
+           runtime % 1000 / 10, LOWBIT_CUDA_ARCHITECTURES, found, runtime / 1000);
   return LOWBIT_UNSUPPORTED;
 }
 
@@ -66,8 +66,17 @@ lowbit_status describe(int32_t index, lowbit_cuda_device* out, CudaMessage* mess
   return LOWBIT_OK;
 }
 
-const CudaBackend kBackend = {kCudaBackendVersion, LOWBIT_CUDA_ARCHITECTURES, device_count, describe, matmul, gather,
-                              pack_codes,          unpack_codes,              check,        solve_workspace, solve};
+const CudaBackend kBackend = {kCudaBackendVersion,
+                              LOWBIT_CUDA_ARCHITECTURES,
+                              device_count,
+                              describe,
+                              matmul,
+                              gather,
+                              pack_codes,
+                              unpack_codes,
+                              check,
+                              solve_workspace,
+                              solve};
 
 }  // namespace
 }  // namespace cuda

@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kThreads, Product::kResident) decode(const Dec
   const int32_t slice_units = a.slices.slice_units, chunk_units = kWarps * slice_units;
   const int32_t first_chunk = int32_t(blockIdx.y) * plan.block_chunks;
   const int32_t chunks = min(plan.block_chunks, a.slices.chunks - first_chunk);
-  const int32_t first_unit = first_chunk * chunk_units, end_unit = min(first_unit + chunks * chunk_units, a.slices.units);
+  const int32_t first_unit = first_chunk * chunk_units,
+                end_unit = min(first_unit + chunks * chunk_units, a.slices.units);
   const int32_t warp_unit = first_unit + warp * slice_units;  // this warp's first; it has none where that is the end
 
   const uint32_t ring = plan.ring_at + uint32_t(warp * plan.depth * plan.slot_bytes);
@@ -106,11 +107,12 @@ __global__ void __launch_bounds__(kThreads, Product::kResident) decode(const Dec
         for (int32_t i = 0; i < slice_units && walk.unit < end_unit; i++) {
           // The unit is here once all but the newest groups are, for every lane's part of it after sync_warp; and then
           // every lane has also left the slot that is copied into next.
-          constexpr int kDeep = Bits == 3 ? kDeepRing3 : kDeepRing, kShallow = Bits == 3 ? kShallowRing3 : kShallowRing;
-          if (plan.depth == kDeep)
-            cp_async_wait<kDeep - 2>();
+          if (plan.depth == ring_depth(Bits, 2))
+            cp_async_wait<ring_depth(Bits, 2) - 2>();
+          else if (plan.depth == ring_depth(Bits, 1))
+            cp_async_wait<ring_depth(Bits, 1) - 2>();
           else
-            cp_async_wait<kShallow - 2>();
+            cp_async_wait<0>();
           sync_warp();
           copy_next();
           product.multiply_unit(w, rows, slot, walk.unit * kPlanes, (walk.unit - first_unit) * kPlanes, part);

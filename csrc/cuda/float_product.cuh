@@ -119,7 +119,8 @@ __device__ __forceinline__ void multiply_unit(const MatrixArguments& w, const La
           multiply_plane<Bits, Bf16, kAtOnce>(words, p, b, sums, scale[tile], zero[tile], ~0u, &part[tile][first]);
         }
       } else {
-        static_assert(Groups != Scales::fine || (RowTiles == 1 && TokenTiles == kAtOnce), "finer groups: one tile at a time");
+        static_assert(Groups != Scales::fine || (RowTiles == 1 && TokenTiles == kAtOnce),
+                      "finer groups: one tile at a time");
         uint32_t words[2][4];
         plane_words<T>(line[0], p, words);
         int32_t done = -1;
@@ -170,12 +171,14 @@ class FloatProduct {
 #pragma unroll
     for (int n = 0; n < TokenTiles; n++) x_at[n] = x_at_[n] + uint32_t(128 * staged_plane);
     const uint32_t sums = sums_at_ + uint32_t(32 * TokenTiles * (Groups == Scales::fine ? 4 : 1) * staged_plane);
-    cuda::multiply_unit<Bits, Bf16, 1, TokenTiles, Groups>(
-        w, reinterpret_cast<const LaneRows(&)[1]>(rows), slot, 0, lane_, first_plane, x_at, sums,
-        reinterpret_cast<float(&)[1][TokenTiles][4]>(part));
+    cuda::multiply_unit<Bits, Bf16, 1, TokenTiles, Groups>(w, reinterpret_cast<const LaneRows(&)[1]>(rows), slot, 0,
+                                                           lane_, first_plane, x_at, sums,
+                                                           reinterpret_cast<float (&)[1][TokenTiles][4]>(part));
   }
 
-  __device__ __forceinline__ static float finish(const DecodeArguments&, int64_t, int32_t, float total) { return total; }
+  __device__ __forceinline__ static float finish(const DecodeArguments&, int64_t, int32_t, float total) {
+    return total;
+  }
 
  private:
   int lane_;

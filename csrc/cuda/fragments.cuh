@@ -25,7 +25,7 @@ struct Terms {
   static constexpr int kLines = Format<Bits>::kLines, kPlanes = Format<Bits>::kPlanes;
   static constexpr int kTerms = Bits == 8 && Bf16 ? 2 : 1;  // products that make up one plane
   static constexpr int kWidth = kTerms == 2 ? 4 : Bits;     // bits of a code in a term
-  static constexpr int kTo = 7 - kWidth;                    // bf16: where they go
+  static constexpr int kTo = Bf16 ? 7 - kWidth : 0;         // bf16: where they go
   static constexpr float kBase = Bf16 ? 128.0f : 0.0f;      // the number of code 0
 
   // The bit of a byte of plane_word where term t of plane p begins.

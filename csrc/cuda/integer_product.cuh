@@ -88,8 +88,8 @@ class IntegerProduct {
       const int32_t span = i / (8 * TokenTiles), token = i % (8 * TokenTiles);
       const int64_t from = (a.first_token + token) * a.spans + first_col / kSpanCols + span;
       const bool present = token < tokens;
-      sts<uint2>(a.plan.sums_at + 8 * uint32_t(i), {present ? as_bits(ldg(a.steps + from)) : 0u,
-                                                    present ? uint32_t(ldg(a.sums + from)) : 0u});
+      sts<uint2>(a.plan.sums_at + 8 * uint32_t(i),
+                 {present ? as_bits(ldg(a.steps + from)) : 0u, present ? uint32_t(ldg(a.sums + from)) : 0u});
     }
   }
 
@@ -193,14 +193,14 @@ class IntegerProduct {
 #pragma unroll
       for (int n = 0; n < TokenTiles; n++)
 #pragma unroll
-        for (int d = 0; d < Digits; d++)
-          mma_u8s8(acc[n][d], a, v ? b[n][d].z : b[n][d].x, v ? b[n][d].w : b[n][d].y);
+        for (int d = 0; d < Digits; d++) mma_u8s8(acc[n][d], a, v ? b[n][d].z : b[n][d].x, v ? b[n][d].w : b[n][d].y);
     }
   }
 
   // part += scale * step * (acc - zero * sum) of one span; acc is zero afterwards.
-  __device__ __forceinline__ void add_span(int32_t (&acc)[TokenTiles][Digits][4], uint32_t span, const float (&scale)[2],
-                                           const int (&zero)[2], Sum (&part)[TokenTiles][4]) const {
+  __device__ __forceinline__ void add_span(int32_t (&acc)[TokenTiles][Digits][4], uint32_t span,
+                                           const float (&scale)[2], const int (&zero)[2],
+                                           Sum (&part)[TokenTiles][4]) const {
 #pragma unroll
     for (int n = 0; n < TokenTiles; n++) {
       const uint4 two = lds<uint4>(sums_at_ + 64 * TokenTiles * span + 64 * uint32_t(n));  // tokens 2c and 2c + 1

@@ -17,7 +17,8 @@ cudaError_t launch_product(const DecodePlan& p, const DecodeArguments& a, cudaSt
 template <int Bits, bool Bf16, int TokenTiles>
 cudaError_t launch_decode_of(const MatmulPlan& plan, const DecodeArguments& a, cudaStream_t stream) {
   switch (plan.scales) {
-    case Scales::unit: return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::unit>>(plan.decode, a, stream);
+    case Scales::unit:
+      return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::unit>>(plan.decode, a, stream);
     case Scales::plane:
       return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::plane>>(plan.decode, a, stream);
     default: return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::fine>>(plan.decode, a, stream);

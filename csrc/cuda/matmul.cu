@@ -1,6 +1,6 @@
 // matmul: plans, prepares activations where the plan says so, and launches pass after pass on the caller's stream.
-#include "cuda/matmul_plan.h"
 #include "cuda/decode.cuh"
+#include "cuda/matmul_plan.h"
 #include "cuda/plain.cuh"
 #include "cuda/prepare.cuh"
 #include "cuda/quantize.cuh"
@@ -23,10 +23,10 @@ cudaError_t launch_plain(const PlainArguments& a, cudaStream_t stream);
 
 namespace {
 
-#define LOWBIT_OF_FORMAT(call, bits, ...)                 \
-  (bits) == 2   ? call<2>(__VA_ARGS__)                    \
-  : (bits) == 3 ? call<3>(__VA_ARGS__)                    \
-  : (bits) == 4 ? call<4>(__VA_ARGS__)                    \
+#define LOWBIT_OF_FORMAT(call, bits, ...) \
+  (bits) == 2   ? call<2>(__VA_ARGS__)    \
+  : (bits) == 3 ? call<3>(__VA_ARGS__)    \
+  : (bits) == 4 ? call<4>(__VA_ARGS__)    \
                 : call<8>(__VA_ARGS__)
 
 // Tokens of one launch's grid: the y dimension ends at 65535 blocks.
@@ -51,8 +51,12 @@ cudaError_t multiply(const MatmulPlan& plan, const CudaMatmul& c, const MatrixAr
     a.tokens_padded = ceil_div(c.tokens, block_tokens) * block_tokens;
     a.parts = static_cast<float*>(at(plan.parts_at));
     a.tickets = static_cast<uint32_t*>(c.workspace);
-    const PrepareArguments prepare{w, o, static_cast<uint16_t*>(at(plan.x_at)), static_cast<float*>(at(plan.sums_at)),
-                                   int32_t(plan.x_cols), a.tokens_padded};
+    const PrepareArguments prepare{w,
+                                   o,
+                                   static_cast<uint16_t*>(at(plan.x_at)),
+                                   static_cast<float*>(at(plan.sums_at)),
+                                   int32_t(plan.x_cols),
+                                   a.tokens_padded};
     const cudaError_t error = prepare_activations(prepare, stream);
     return error != cudaSuccess ? error : LOWBIT_OF_FORMAT(launch_tile, bits, plan, a, stream);
   }
@@ -63,9 +67,21 @@ cudaError_t multiply(const MatmulPlan& plan, const CudaMatmul& c, const MatrixAr
   const int32_t spans = plan.digits ? int32_t(ceil_div(plan.x_cols, plan.span)) : 0;
   if (plan.digits) {
     const bool token_step = bits == kTrit && c.activations == LOWBIT_ACT_INT8;
-    const QuantizeArguments q{c.x,        c.w.perm,           c.x_stride, c.tokens,  int32_t(c.dtype), w.cols,
-                              int32_t(plan.x_cols), plan.chunk, plan.digits == 2, token_step, plan.span, spans,
-                              digits,     steps,              sums};
+    const QuantizeArguments q{c.x,
+                              c.w.perm,
+                              c.x_stride,
+                              c.tokens,
+                              int32_t(c.dtype),
+                              w.cols,
+                              int32_t(plan.x_cols),
+                              plan.chunk,
+                              plan.digits == 2,
+                              token_step,
+                              plan.span,
+                              spans,
+                              digits,
+                              steps,
+                              sums};
     const cudaError_t error = quantize_activations(q, stream);
     if (error != cudaSuccess) return error;
   }
@@ -73,8 +89,9 @@ cudaError_t multiply(const MatmulPlan& plan, const CudaMatmul& c, const MatrixAr
     const PlainArguments a{w, o, digits, steps, int32_t(plan.x_cols), plan.span, spans};
     return bits == kTrit ? launch_plain<kTrit>(a, stream) : LOWBIT_OF_FORMAT(launch_plain, bits, a, stream);
   }
-  DecodeArguments a{w, o, plan.decode, Slices(bits, c.w.cols), 0, at(plan.parts_at), static_cast<uint32_t*>(c.workspace),
-                    digits, steps, sums, int32_t(plan.x_cols), spans};
+  DecodeArguments a{
+      w,      o,     plan.decode, Slices(bits, c.w.cols), 0,    at(plan.parts_at), static_cast<uint32_t*>(c.workspace),
+      digits, steps, sums,        int32_t(plan.x_cols),   spans};
   for (; a.first_token < c.tokens; a.first_token += plan.decode.pass_tokens) {
     const cudaError_t error = plan.kernel == Kernel::decode ? LOWBIT_OF_FORMAT(launch_decode, bits, plan, a, stream)
                               : bits == kTrit               ? launch_integer<kTrit>(plan, a, stream)

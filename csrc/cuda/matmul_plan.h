@@ -21,14 +21,19 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;  // of a block, in every produ
 constexpr int kTileRows = 16;                      // rows of W of one mma
 constexpr int kTileTokens = 8;                     // tokens of one mma
 
-constexpr int unit_planes(int bits) { return bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : bits == 3 ? 8 : kTritPlanes; }
+constexpr int unit_planes(int bits) {
+  return bits == 8 ? 1 : bits == 4 ? 2 : bits == 2 ? 4 : bits == 3 ? 8 : kTritPlanes;
+}
 constexpr int unit_cols(int bits) { return 64 * unit_planes(bits); }
 constexpr int unit_lines(int bits) { return bits == 3 ? 3 : 1; }
 
 enum class Kernel { plain, decode, tile, integer };
 
 constexpr const char* kernel_name(Kernel kernel) {
-  return kernel == Kernel::plain ? "plain" : kernel == Kernel::decode ? "decode" : kernel == Kernel::tile ? "tile" : "integer";
+  return kernel == Kernel::plain    ? "plain"
+         : kernel == Kernel::decode ? "decode"
+         : kernel == Kernel::tile   ? "tile"
+                                    : "integer";
 }
 
 // Sums of a product: depends on format and K alone.
@@ -62,7 +67,9 @@ constexpr Scales scales_of(int bits, int64_t cols, int64_t group_size, bool one_
 
 // A slot of a ring: the lines of one unit of 16 rows, then a word for the scale and one for the zero of each row.
 constexpr int32_t slot_bytes(int bits, Scales scales) {
-  return kTileRows * 64 * unit_lines(bits) + 128 * (scales == Scales::unit ? 1 : scales == Scales::plane ? unit_planes(bits) : 0);
+  return kTileRows * 64 * unit_lines(bits) + 128 * (scales == Scales::unit    ? 1
+                                                    : scales == Scales::plane ? unit_planes(bits)
+                                                                              : 0);
 }
 
 // What a block keeps of its tokens' activations in shared memory.
@@ -83,7 +90,8 @@ enum class Spans { whole, plane, fine };  // the row; 64; 16
 // int8 digits: 64 bytes over a multiple of 128, for the same reason. A step and a sum for every span.
 constexpr Staged staged_digits(int32_t planes, int32_t tokens, int32_t digits, Spans spans) {
   const int32_t stride = 64 * (planes | 1), padded = tokens > kTileTokens ? 2 * kTileTokens : kTileTokens;
-  return {stride, digits * stride * tokens, spans == Spans::whole ? 0 : 8 * planes * padded * (spans == Spans::fine ? 4 : 1)};
+  return {stride, digits * stride * tokens,
+          spans == Spans::whole ? 0 : 8 * planes * padded * (spans == Spans::fine ? 4 : 1)};
 }
 
 struct DecodePlan {
@@ -93,29 +101,32 @@ struct DecodePlan {
   int32_t round_chunks;  // chunks summed between two barriers
   int32_t block_chunks;  // chunks of a block; blocks_y blocks share a tile of rows
   int32_t blocks_x, blocks_y;
-  int32_t x_stride;       // bytes of a token's activations in shared memory: an odd multiple of 16
+  int32_t x_stride;  // bytes of a token's activations in shared memory: an odd multiple of 16
   uint32_t sums_at, ring_at, rounds_at, ticket_at, shared_bytes;  // what lies behind the activations
 };
 
-// Units of a warp's ring, where there is room and where there is not; an int3 unit has three lines.
-constexpr int kDeepRing = 7, kShallowRing = 4, kDeepRing3 = 3, kShallowRing3 = 2;
+// Units of a warp's ring: what there is room for. An int3 unit has three lines.
+constexpr int ring_depth(int bits, int level) {
+  return level == 2 ? (bits == 3 ? 3 : 7) : level == 1 && bits != 3 ? 4 : 2;
+}
 
 constexpr int32_t align_up(int32_t bytes, int32_t to) { return (bytes + to - 1) / to * to; }
 
 // digits: 0 where activations stay floating point.
 constexpr DecodePlan try_decode(int bits, const Slices& s, int64_t rows, int32_t pass_tokens, Scales scales,
-                                int32_t digits, Spans spans, bool deep, int32_t block_chunks, int32_t round_chunks,
+                                int32_t digits, Spans spans, int ring, int32_t block_chunks, int32_t round_chunks,
                                 const lowbit_cuda_device& d) {
   DecodePlan p{};
   p.pass_tokens = pass_tokens;
-  p.depth = bits == 3 ? (deep ? kDeepRing3 : kShallowRing3) : deep ? kDeepRing : kShallowRing;
+  p.depth = ring_depth(bits, ring);
   p.slot_bytes = slot_bytes(bits, scales);
   p.round_chunks = round_chunks;
   p.block_chunks = block_chunks;
   const int32_t staged = block_chunks * s.chunk_units() < s.units ? block_chunks * s.chunk_units() : s.units;
   const int32_t tiles_n = pass_tokens > kTileTokens ? 2 : 1;  // tiles of 8 tokens
   const int32_t planes = staged * unit_planes(bits);
-  const Staged x = digits ? staged_digits(planes, pass_tokens, digits, spans) : staged_floats(planes, pass_tokens, scales);
+  const Staged x =
+      digits ? staged_digits(planes, pass_tokens, digits, spans) : staged_floats(planes, pass_tokens, scales);
   p.x_stride = x.x_stride;
   p.sums_at = uint32_t(x.x_bytes);
   p.ring_at = uint32_t(align_up(x.x_bytes + x.sums_bytes, 128));
@@ -141,14 +152,13 @@ constexpr DecodePlan plan_decode(int bits, int64_t rows, int64_t cols, int64_t t
   int32_t pass = 1;
   while (pass < 2 * kTileTokens && pass < tokens) pass *= 2;
   for (; pass >= 1; pass /= 2)
-    for (int deep = 1; deep >= 0; deep--)
+    for (int ring = 2; ring >= 0; ring--)
       for (int32_t chunks = most_chunks; chunks >= 1; chunks = chunks > 1 ? (chunks + 1) / 2 : 0)
         for (int32_t round = chunks > 1 ? 2 : 1; round >= 1; round--) {
-          const DecodePlan p =
-              try_decode(bits, s, rows, pass, scales, digits, spans, deep == 1, chunks, round, d);
+          const DecodePlan p = try_decode(bits, s, rows, pass, scales, digits, spans, ring, chunks, round, d);
           if (p.shared_bytes <= uint32_t(d.shared_per_block)) return p;
         }
-  return DecodePlan{};  // pass_tokens 0: less than 48 KB of shared memory, which no device has
+  return DecodePlan{};  // pass_tokens 0: int3 with the 64 KB of sm_75
 }
 
 // ---- tile: 17 and more tokens, a block of 8 warps, each with its own rows and all of the block's tokens ----
@@ -160,8 +170,8 @@ struct TilePlan {
   int32_t stages;       // units under way: 2, 3 or 4; 0: no tile kernel fits this device
   int32_t splits;       // parts of K, summed in order: a function of (N, K) and the device
   int32_t split_units;
-  int32_t slot_bytes;   // of one warp's unit of 16 rows
-  int32_t x_stride;     // bytes of a token's unit in shared memory
+  int32_t slot_bytes;  // of one warp's unit of 16 rows
+  int32_t x_stride;    // bytes of a token's unit in shared memory
   int32_t stage_bytes;
   uint32_t sums_at, weights_at;  // within a stage
   uint32_t shared_bytes;
@@ -172,7 +182,8 @@ constexpr TilePlan plan_tile(int bits, int64_t rows, int64_t cols, int64_t token
   const int32_t units = int32_t(ceil_div(cols, unit_cols(bits)));
   // 32 rows a warp halve what a block reads of its activations, where that leaves few multiprocessors idle. Registers
   // allow it to int4 and int2 with 64 tokens.
-  const bool wide = (bits == 4 || bits == 2) && tokens > 32 && 4 * ceil_div(rows, 2 * kTileRows * kWarps) >= 3 * d.multiprocessors;
+  const bool wide =
+      (bits == 4 || bits == 2) && tokens > 32 && 4 * ceil_div(rows, 2 * kTileRows * kWarps) >= 3 * d.multiprocessors;
   for (int32_t row_tiles = wide ? 2 : 1; row_tiles >= 1; row_tiles--)
     for (int32_t token_tiles = tokens > 32 ? 8 : 4; token_tiles >= (row_tiles == 2 ? 8 : 4); token_tiles /= 2)
       for (int32_t stages = 4; stages >= 2; stages--) {
@@ -255,6 +266,11 @@ constexpr MatmulPlan plan_matmul(const lowbit_matrix& w, int64_t tokens, lowbit_
       p.tile = plan_tile(bits, w.rows, w.cols, tokens, p.scales, d);
       if (p.tile.stages) p.kernel = Kernel::tile;
     }
+  }
+  if (p.kernel != Kernel::plain && p.kernel != Kernel::tile && !p.decode.pass_tokens) {
+    p.kernel = Kernel::plain;
+    if (!int8) p.digits = 0;
+    p.prefers_unpack = tokens > 16 && !int8;
   }
   int64_t at = 0;
   if (p.kernel == Kernel::tile) {

@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kThreads) plain(const PlainArguments a) {
     uint32_t line[kLines];
 #pragma unroll
     for (int l = 0; l < kLines; l++)
-      line[l] = ldg(reinterpret_cast<const uint16_t*>(
-          lines + (int64_t(unit) * kLines + (is_short && l ? l - 1 : l)) * kLineBytes));
+      line[l] = ldg(reinterpret_cast<const uint16_t*>(lines + (int64_t(unit) * kLines + (is_short && l ? l - 1 : l)) *
+                                                                  kLineBytes));
 #pragma unroll
     for (int p = 0; p < kPlanes; p++)
 #pragma unroll

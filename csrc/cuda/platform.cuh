@@ -31,7 +31,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_b
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, unsigned(threads), shared_bytes, stream>>>(P(arguments)...);
+  kernel<<<grid, unsigned(threads), shared_bytes, stream> > >(P(arguments)...);
   return cudaGetLastError();
 }
 

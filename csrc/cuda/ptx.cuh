@@ -117,7 +117,7 @@ __device__ __forceinline__ void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4]
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #elif __CUDA_ARCH__ >= 750
-#define LOWBIT_QUARTER(d0, d1, a, b)                                                                         \
+#define LOWBIT_QUARTER(d0, d1, a, b) \
   asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1},{%2},{%3},{%0,%1};" : "+r"(d0), "+r"(d1) : "r"(a), "r"(b))
   LOWBIT_QUARTER(d[0], d[1], a[0], b0);
   LOWBIT_QUARTER(d[2], d[3], a[1], b0);

@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(kThreads, 1) tile(const TileArguments a) {
 #pragma unroll
       for (int e = 0; e < kLaneSums; e++) {
         float sum = 0;
-        for (int32_t s = 0; s < plan.splits; s++) sum += ld_shared_result(all + (int64_t(s) * kLaneSums + e) * kThreads);
+        for (int32_t s = 0; s < plan.splits; s++)
+          sum += ld_shared_result(all + (int64_t(s) * kLaneSums + e) * kThreads);
         part[e / (4 * TokenTiles)][e / 4 % TokenTiles][e % 4] = sum;
       }
     }

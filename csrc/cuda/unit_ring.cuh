@@ -13,8 +13,8 @@ namespace cuda {
 template <int Bits, Scales Groups>
 struct UnitCopier {
   const uint8_t* lines[2];
-  uintptr_t side;       // address of the row's first scale, or zero
-  uintptr_t side_tail;  // the array's last aligned word,
+  uintptr_t side;                        // address of the row's first scale, or zero
+  uintptr_t side_tail;                   // the array's last aligned word,
   uint32_t side_tail_bytes, side_bytes;  // which may be short; bytes of an element, 0 where there is nothing to copy
 
   __device__ __forceinline__ UnitCopier(const MatrixArguments& w, int lane) : lines{}, side(0) {
@@ -94,8 +94,8 @@ __device__ __forceinline__ void load_scales(const MatrixArguments& w, const Lane
 
 // The same out of the words of a slot.
 template <int Bits>
-__device__ __forceinline__ void read_words(const MatrixArguments& w, const LaneRows& rows, uint32_t words, int32_t group,
-                                           int lane, float (&scale)[2], int (&zero)[2]) {
+__device__ __forceinline__ void read_words(const MatrixArguments& w, const LaneRows& rows, uint32_t words,
+                                           int32_t group, int lane, float (&scale)[2], int (&zero)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const uint32_t at = words + uint32_t(4 * (8 * r + (lane >> 2)));
