@@ -106,7 +106,7 @@ struct DecodePlan {
 };
 
 // Units of a warp's ring: what there is room for. An int3 unit has three lines.
-constexpr int ring_depth(int bits, int level) {
+LOWBIT_HD constexpr int ring_depth(int bits, int level) {
   return level == 2 ? (bits == 3 ? 3 : 7) : level == 1 && bits != 3 ? 4 : 2;
 }
 

@@ -18,6 +18,8 @@
 #else
 #include <cuda_runtime.h>
 
+#include <tuple>
+
 namespace lowbit {
 namespace cuda {
 
@@ -31,8 +33,14 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_b
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, unsigned(threads), shared_bytes, stream> > >(P(arguments)...);
-  return cudaGetLastError();
+  std::tuple<P...> values{P(arguments)...};
+  return std::apply(
+      [&](P&... value) {
+        void* addresses[] = {&value...};
+        return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(unsigned(threads)), addresses,
+                                shared_bytes, stream);
+      },
+      values);
 }
 
 }  // namespace cuda
