@@ -7,8 +7,9 @@
 // gather_rows: a warp takes a segment of a row (line_codes.cuh), about 1024 columns, 2 KB of 16-bit output, 16 bytes a
 // lane and store. gather_permuted: a block takes a row and puts it in order in shared memory, so that the row still
 // leaves in one piece; stored from where they are decoded, 16-bit columns would take a 32-byte sector each.
-// Bound by HBM: int4 to 16 bits moves 2.5 bytes a column, so at 4.3 TB/s an SM has to make 7.6 values a cycle,
-// which leaves 16 instructions a value; it takes about 8. Enough warps are resident to cover id -> codes -> store.
+// Bound by HBM: int4 to 16 bits moves 2.5 bytes a column, so at 4.3 TB/s an SM has to make 7.6 values a cycle, which
+// leaves 16 instructions a value; int4 takes about 12 (counted in its SASS, not timed). Enough warps are resident to
+// cover id -> codes -> store.
 #include "cuda/exact.cuh"
 #include "cuda/line_codes.cuh"
 #include "cuda/status.cuh"
@@ -134,8 +135,8 @@ struct GridPiece {
 #pragma unroll
     for (int plane = 0; plane < RowShape<Bits>::kPlanes; plane++) grid[plane] = {0, 0};
   }
-  // The columns of a plane. A byte below the exponent of 2^23 (0x4b000000) is 2^23 + byte; the difference to 2^23 + zero
-  // is exact.
+  // The columns of a plane. A byte below the exponent of 2^23 (0x4b000000) is 2^23 + byte; the difference to 2^23 +
+  // zero is exact.
   __device__ __forceinline__ void values(int plane, lowbit_dtype scale_dtype, float (&value)[4 * Quads]) const {
     const Grid g = grid[plane].read(scale_dtype);
 #pragma unroll
