@@ -1,9 +1,9 @@
-// A host meaning for lowbit's .cu sources: what cuda/platform.cuh and cuda/ptx.cuh give on a GPU, for tests on a machine
-// with none, and with checks that a GPU does not make.
+// A host meaning for lowbit's .cu sources: what cuda/platform.cuh and cuda/ptx.cuh give on a GPU, for tests on a
+// machine with none, and with checks that a GPU does not make.
 //
 // Modelled: a launch runs its blocks in turn. A block's threads are fibers (fibers.h) that run until they wait: a warp
-// collective (mma, shuffle, sync_warp) waits for the 32 lanes of the warp and is computed by the last to come, a barrier
-// waits for the block. Shared memory is one arena of exactly the bytes asked for; every access is checked:
+// collective (mma, shuffle, sync_warp) waits for the 32 lanes of the warp and is computed by the last to come, a
+// barrier waits for the block. Shared memory is one arena of exactly the bytes asked for; every access is checked:
 //   - bounds and natural alignment;
 //   - that what is read was written (each block finds the arena poisoned);
 //   - races: two threads, one of them writing, that no barrier separates; or, for lanes of one warp, no collective;

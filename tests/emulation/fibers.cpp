@@ -70,8 +70,8 @@ void Fiber::prepare(void (*body)(void*), void* argument, unsigned colour) {
   stack_ = stack, bytes_ = kStack;
   const size_t used = kStack - colour * 320 % 4096;
 #if defined(__x86_64__)
-  // As if called: a return address of 0, which ends backtraces, 8 below a multiple of 16. Below it what the switch takes:
-  // the address that it returns to, and six registers.
+  // As if called: a return address of 0, which ends backtraces, 8 below a multiple of 16. Below it what the switch
+  // takes: the address that it returns to, and six registers.
   uintptr_t* top = reinterpret_cast<uintptr_t*>(stack + used);
   *--top = 0;
   *--top = reinterpret_cast<uintptr_t>(&Fiber::start);

@@ -1,16 +1,16 @@
 // Shared memory and its checks. Beside the arena stands a record for each word: who wrote it last, who read it last.
-// Order is told by stamps. A warp's stamp grows at each of its collectives; at a barrier all warps' stamps are set to one
-// that was never used. An access of thread p is ordered before one of thread q when p = q, or when its stamp is less than
-// q's warp's (p in the same warp) or than that of the last barrier (another warp).
+// Order is told by stamps. A warp's stamp grows at each of its collectives; at a barrier all warps' stamps are set to
+// one that was never used. An access of thread p is ordered before one of thread q when p = q, or when its stamp is
+// less than q's warp's (p in the same warp) or than that of the last barrier (another warp).
 #include "block.h"
 
 namespace lowbit {
 namespace emulation {
 namespace {
 
-// Readers: the last; the last that was of another warp than it; and the last that was another lane of its warp, of those
-// since that other warp. If any reader since the last write is not ordered before a writer, one of the three is not:
-// order depends on the warp and the stamp alone, and stamps only grow.
+// Readers: the last; the last that was of another warp than it; and the last that was another lane of its warp, of
+// those since that other warp. If any reader since the last write is not ordered before a writer, one of the three is
+// not: order depends on the warp and the stamp alone, and stamps only grow.
 struct Cell {
   uint32_t block;  // the block that wrote all this; another's record means that nothing happened yet
   uint32_t write_stamp, read_stamp, far_stamp, near_stamp;

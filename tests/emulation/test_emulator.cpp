@@ -401,6 +401,84 @@ void test_reports() {
   expect(kTwoBarriers, "the block is divergent", 1);
 }
 
+// ---- the race check against its definition ----
+
+// Sparse random programs: a thread does at most one access a step; every step ends in nothing, a collective or a
+// barrier, the same for all.
+struct Step {
+  enum { kNothing, kWarp, kBlock } end;
+  struct {
+    int8_t at, size, write;  // size 0: no access
+  } access[64];
+};
+
+__global__ void random_program(const Step* steps, int count) {
+  const uint32_t t = threadIdx.x;
+  if (t < 8) sts<uint32_t>(4 * t, 0);
+  sync_block();
+  for (int i = 0; i < count; i++) {
+    const auto& access = steps[i].access[t];
+    const uint32_t at = uint32_t(access.at);
+    if (access.size == 1 && access.write) sts<uint8_t>(at, 0);
+    if (access.size == 1 && !access.write) lds<uint8_t>(at);
+    if (access.size == 4 && access.write) sts<uint32_t>(at, 0);
+    if (access.size == 4 && !access.write) lds<uint32_t>(at);
+    if (access.size == 8 && access.write) sts<uint2>(at, {0, 0});
+    if (access.size == 8 && !access.write) lds<uint2>(at);
+    if (steps[i].end == Step::kWarp) sync_warp();
+    if (steps[i].end == Step::kBlock) sync_block();
+  }
+}
+
+bool has_race(const std::vector<Step>& steps) {
+  for (size_t i = 0; i < steps.size(); i++) {
+    bool warp = false, block = false;  // what lies between steps i and j
+    for (size_t j = i; j < steps.size() && !block; j++) {
+      for (int t = 0; t < 64; t++) {
+        for (int u = 0; u < 64; u++) {
+          const auto &a = steps[i].access[t], &b = steps[j].access[u];
+          if (t == u || (warp && t / 32 == u / 32) || !a.size || !b.size) continue;
+          if ((a.write || b.write) && a.at < b.at + b.size && b.at < a.at + a.size) return true;
+        }
+      }
+      warp |= steps[j].end == Step::kWarp;
+      block |= steps[j].end == Step::kBlock;
+    }
+  }
+  return false;
+}
+
+void test_race_check() {
+  emulation::clear();
+  int races = 0;
+  const int programs = 4000;
+  for (int program = 0; program < programs; program++) {
+    std::vector<Step> steps(8);
+    for (Step& step : steps) {
+      memset(&step, 0, sizeof step);
+      const uint32_t end = random_bits() % 8;
+      step.end = end < 3 ? Step::kNothing : end < 6 ? Step::kWarp : Step::kBlock;
+      for (uint32_t accesses = random_bits() % 3; accesses; accesses--) {
+        // Half the accesses are of four threads, so that threads meet again.
+        auto& access = step.access[random_bits() % 2 ? random_bits() % 4 * 21 : random_bits() % 64];
+        const int8_t sizes[] = {1, 4, 4, 8};
+        access.size = sizes[random_bits() % 4];
+        access.at = int8_t(random_bits() % 16 / uint32_t(access.size) * uint32_t(access.size));
+        access.write = random_bits() % 3 == 0;
+      }
+    }
+    emulation::set_seed(uint64_t(program));
+    launch(random_program, dim3(1), 64, 32, nullptr, steps.data(), int(steps.size()));
+    const bool expected = has_race(steps), reported = emulation::violations() != 0;
+    races += expected;
+    CHECK(reported == expected, "program %d: a race %s: %s", program, expected ? "went unnoticed" : "was invented",
+          emulation::message(0));
+    emulation::clear();
+  }
+  CHECK(races > programs / 5 && races < programs * 4 / 5, "%d of %d programs have races", races, programs);
+  emulation::set_seed(0);
+}
+
 void test_refusals() {
   float* none = nullptr;
   const auto refused = [&](int threads, size_t shared, dim3 grid) {
@@ -458,6 +536,7 @@ int main() {
   emulation::set_seed(0);
   test_conversions();
   test_reports();
+  test_race_check();
   test_refusals();
   test_seeds();
   return check::finish("test_emulator");
