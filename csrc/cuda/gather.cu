@@ -221,11 +221,12 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
   }
 }
 
-// A lane keeps the sums of four columns of every plane of its unit.
+// A lane keeps the sums of four columns of every plane of its unit, and has the loads of a few rows under way: a bag is
+// bound by the latency of its rows, one after another.
 template <int Bits, lowbit_dtype Dtype>
 __global__ void __launch_bounds__(32 * kRowWarps, 2)
     gather_bags(CudaGather call, RowShape<Bits> shape, RowMap map, bool wide) {
-  constexpr int kPlanes = RowShape<Bits>::kPlanes;
+  constexpr int kPlanes = RowShape<Bits>::kPlanes, kAhead = kPlanes > 4 ? 2 : 4;
   using Part = Segment<1, 1>;
   map.each([&](int64_t bag, int64_t segment) {
     const uint32_t unit = Part::unit(segment, 0);
@@ -233,19 +234,29 @@ __global__ void __launch_bounds__(32 * kRowWarps, 2)
     const int64_t begin = max(ldg(call.offsets + bag), int64_t(0)), end = min(ldg(call.offsets + bag + 1), call.count);
     float sum[kPlanes][4] = {};
     int64_t counted = 0;
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t row = row_of(call, i, segment == 0 && threadIdx.x % 32 == 0);
-      counted += row != kSkip;
-      if (row < 0) continue;
-      GridPiece<Bits, 1> part;
-      part.load(call, shape, row, unit, byte);
+    for (int64_t i = begin; i < end; i += kAhead) {
+      int64_t row[kAhead];
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; plane++) {
-        float value[4];
-        part.values(plane, call.w.scale_dtype, value);
-#pragma unroll
-        for (int j = 0; j < 4; j++) sum[plane][j] += value[j];
+      for (int ahead = 0; ahead < kAhead; ahead++) {
+        row[ahead] = i + ahead < end ? row_of(call, i + ahead, segment == 0 && threadIdx.x % 32 == 0) : kSkip;
+        counted += row[ahead] != kSkip;
       }
+      GridPiece<Bits, 1> part[kAhead];
+#pragma unroll
+      for (int ahead = 0; ahead < kAhead; ahead++)
+        if (row[ahead] >= 0)
+          part[ahead].load(call, shape, row[ahead], unit, byte);
+        else
+          part[ahead].clear();  // adds 0 to a sum that is never -0
+#pragma unroll
+      for (int ahead = 0; ahead < kAhead; ahead++)
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; plane++) {
+          float value[4];
+          part[ahead].values(plane, call.w.scale_dtype, value);
+#pragma unroll
+          for (int j = 0; j < 4; j++) sum[plane][j] += value[j];
+        }
     }
 #pragma unroll
     for (int plane = 0; plane < kPlanes; plane++) {
