@@ -4,9 +4,12 @@
 // One product in fp32, rounded once to the output's dtype: the bits of the CPU's gather.
 //
 // ids [count] int32 or int64 (none: consecutive rows, which is unpack); out [count or bags][out_stride].
-// A warp takes a segment of a row (line_codes.cuh): about 1024 columns, 2 KB of 16-bit output, 16 bytes a lane and
-// store. Bound by HBM: int4 to 16 bits moves 2.5 bytes a column, so at 4.3 TB/s an SM has to make 7.6 values a cycle,
-// which leaves 16 instructions a value; it takes about 8. Enough warps are resident to cover id -> codes -> store.
+// gather_rows: a warp takes a segment of a row (line_codes.cuh), about 1024 columns, 2 KB of 16-bit output, 16 bytes a
+// lane and store. gather_permuted: a block takes a row and puts it in order in shared memory, so that the row still
+// leaves in one piece; stored from where they are decoded, 16-bit columns would take a 32-byte sector each.
+// Bound by HBM: int4 to 16 bits moves 2.5 bytes a column, so at 4.3 TB/s an SM has to make 7.6 values a cycle, which
+// leaves 16 instructions a value; int4 takes about 12 (counted in its SASS, not timed). Enough warps are resident to
+// cover id -> codes -> store.
 #include "cuda/exact.cuh"
 #include "cuda/line_codes.cuh"
 #include "cuda/status.cuh"
@@ -47,15 +50,6 @@ __device__ __forceinline__ void store_columns(const CudaGather& call, bool wide,
   constexpr int kCount = 4 * Quads, kWords = kCount * kBytes<Dtype> / 4;
   const uint32_t cols = uint32_t(call.w.cols);
   const int64_t start = row * call.out_stride;
-  if (call.w.perm) {  // an entry that is no column writes nothing
-#pragma unroll
-    for (int i = 0; i < kCount; i++)
-      if (k + i < cols)
-        if (const uint32_t column = uint32_t(ldg(call.w.perm + k + i)); column < cols)
-          store_value<Dtype>(call.out, start + column, value[i]);
-    return;
-  }
-  if (k >= cols) return;
   if (wide && k + kCount <= cols) {
     uint32_t word[kWords];
 #pragma unroll
@@ -70,6 +64,11 @@ __device__ __forceinline__ void store_columns(const CudaGather& call, bool wide,
 #pragma unroll
   for (int i = 0; i < kCount; i++)
     if (k + i < cols) store_value<Dtype>(call.out, start + k + i, value[i]);
+}
+
+// The original column of column k; an entry of perm that is no column comes back as one beyond cols.
+__device__ __forceinline__ uint32_t original(const CudaGather& call, uint32_t k) {
+  return k < uint32_t(call.w.cols) ? uint32_t(ldg(call.w.perm + k)) : UINT32_MAX;
 }
 
 // The row that place i asks for: `skip` when it is padding, `none` when it is a row of zeros. `reports`: this thread
@@ -92,19 +91,27 @@ struct Grid {
   float scale, bias;  // bias: 2^23 + zero
 };
 
+// A grid as it lies in memory. Kept apart from what it means, so that no load waits for the one before it.
+struct StoredGrid {
+  uint32_t scale, zero;
+
+  __device__ __forceinline__ Grid read(lowbit_dtype dtype) const {
+    const float value = dtype == LOWBIT_F32   ? as_float(scale)
+                        : dtype == LOWBIT_F16 ? from_f16(uint16_t(scale))
+                                              : from_bf16(uint16_t(scale));
+    return {value, 8388608.0f + float(zero)};
+  }
+};
+
 // Columns that start at a multiple of 4 * Quads have one grid: groups are multiples of 16.
 template <int Bits>
-__device__ __forceinline__ Grid grid_of(const lowbit_matrix& w, int64_t row, uint32_t k) {
+__device__ __forceinline__ StoredGrid grid_of(const lowbit_matrix& w, int64_t row, uint32_t k) {
   const int64_t group = w.scale_cols == 1 ? 0 : k / uint32_t(w.group_size);
   const int64_t at = (w.scale_rows == 1 ? 0 : row) * w.scale_cols + group;
-  Grid grid;
-  if (w.scale_dtype == LOWBIT_F32) {
-    grid.scale = ldg(static_cast<const float*>(w.scales) + at);
-  } else {
-    const uint16_t bits = ldg(static_cast<const uint16_t*>(w.scales) + at);
-    grid.scale = w.scale_dtype == LOWBIT_F16 ? from_f16(bits) : from_bf16(bits);
-  }
-  grid.bias = 8388608.0f + float(w.zeros ? int(ldg(w.zeros + at)) : middle_code(Bits));
+  StoredGrid grid;
+  grid.scale = w.scale_dtype == LOWBIT_F32 ? ldg(static_cast<const uint32_t*>(w.scales) + at)
+                                           : uint32_t(ldg(static_cast<const uint16_t*>(w.scales) + at));
+  grid.zero = w.zeros ? uint32_t(ldg(w.zeros + at)) : uint32_t(middle_code(Bits));
   return grid;
 }
 
@@ -113,7 +120,7 @@ __device__ __forceinline__ Grid grid_of(const lowbit_matrix& w, int64_t row, uin
 template <int Bits, int Quads>
 struct GridPiece {
   Piece<Bits, Quads> piece;
-  Grid grid[RowShape<Bits>::kPlanes];
+  StoredGrid grid[RowShape<Bits>::kPlanes];
 
   __device__ __forceinline__ void load(const CudaGather& call, const RowShape<Bits>& shape, int64_t row, uint32_t unit,
                                        int byte) {
@@ -126,18 +133,22 @@ struct GridPiece {
   __device__ __forceinline__ void clear() {
     piece = {};
 #pragma unroll
-    for (int plane = 0; plane < RowShape<Bits>::kPlanes; plane++) grid[plane] = {0.0f, 8388608.0f};
+    for (int plane = 0; plane < RowShape<Bits>::kPlanes; plane++) grid[plane] = {0, 0};
   }
-  // Column j of the piece in a plane. A byte below the exponent of 2^23 (0x4b000000) is 2^23 + byte; the difference to
-  // 2^23 + zero is exact.
-  __device__ __forceinline__ float value(int plane, int j) const {
-    const uint32_t number = byte_perm(piece.codes(plane, j / 4), 0x4b000000, 0x7440 | uint32_t(j % 4));
-    return exact_mul(grid[plane].scale, as_float(number) - grid[plane].bias);
+  // The columns of a plane. A byte below the exponent of 2^23 (0x4b000000) is 2^23 + byte; the difference to 2^23 +
+  // zero is exact.
+  __device__ __forceinline__ void values(int plane, lowbit_dtype scale_dtype, float (&value)[4 * Quads]) const {
+    const Grid g = grid[plane].read(scale_dtype);
+#pragma unroll
+    for (int j = 0; j < 4 * Quads; j++) {
+      const uint32_t number = byte_perm(piece.codes(plane, j / 4), 0x4b000000, 0x7440 | uint32_t(j % 4));
+      value[j] = exact_mul(g.scale, as_float(number) - g.bias);
+    }
   }
 };
 
 template <int Bits, lowbit_dtype Dtype>
-__global__ void __launch_bounds__(32 * kRowWarps, 4)
+__global__ void __launch_bounds__(32 * kRowWarps, Bits == 3 ? 3 : 4)  // int3: eight planes a lane
     gather_rows(CudaGather call, RowShape<Bits> shape, RowMap map, bool wide) {
   constexpr int kQuads = 4 / kBytes<Dtype>, kCount = kSteps<Bits>;
   using Part = Segment<kQuads, kCount>;
@@ -156,18 +167,66 @@ __global__ void __launch_bounds__(32 * kRowWarps, 4)
 #pragma unroll
       for (int plane = 0; plane < RowShape<Bits>::kPlanes; plane++) {
         float value[4 * kQuads];
-#pragma unroll
-        for (int j = 0; j < 4 * kQuads; j++) value[j] = part[step].value(plane, j);
+        part[step].values(plane, call.w.scale_dtype, value);
         store_columns<Dtype, kQuads>(call, wide, i, shape.column(Part::unit(segment, step), plane, byte), value);
       }
   });
 }
 
-// A lane keeps the sums of four columns of every plane of its unit.
+// A row in windows of 48 KB of output: each column of the window goes to its place in shared memory, then the window to
+// the output. Wider rows are decoded once a window. A column that perm leaves out (a bad one can) is zero.
+constexpr uint32_t kWindowBytes = 48 * 1024;
+
+template <int Bits, lowbit_dtype Dtype>
+__global__ void __launch_bounds__(32 * kRowWarps, 4)
+    gather_permuted(CudaGather call, RowShape<Bits> shape, uint32_t segments, bool wide) {
+  using Part = Segment<1, 1>;
+  constexpr uint32_t kSize = kBytes<Dtype>, kWindow = kWindowBytes / kSize;
+  const uint32_t thread = threadIdx.x, threads = 32 * kRowWarps;
+  for (int64_t i = blockIdx.x; i < call.count; i += gridDim.x) {
+    const int64_t row = row_of(call, i, thread == 0);
+    for (uint32_t first = 0; first < shape.cols; first += kWindow) {
+      const uint32_t bytes = min(kWindow, shape.cols - first) * kSize;
+      for (uint32_t at = 16 * thread; at < bytes; at += 16 * threads) sts(at, make_uint4(0, 0, 0, 0));
+      sync_block();
+      for (uint32_t segment = thread / 32; segment < segments && row >= 0; segment += kRowWarps) {
+        const uint32_t unit = Part::unit(segment, 0);
+        GridPiece<Bits, 1> part;
+        part.load(call, shape, row, unit, Part::byte());
+#pragma unroll
+        for (int plane = 0; plane < RowShape<Bits>::kPlanes; plane++) {
+          float value[4];
+          part.values(plane, call.w.scale_dtype, value);
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const uint32_t column = original(call, shape.column(unit, plane, Part::byte()) + j);
+            const uint32_t at = (column - first) * kSize;
+            if (column < first || column >= shape.cols || column - first >= kWindow) continue;
+            if (kSize == 4)
+              sts(at, value[j]);
+            else
+              sts(at, uint16_t(rounded<Dtype>(value[j])));
+          }
+        }
+      }
+      sync_block();
+      uint8_t* to = static_cast<uint8_t*>(call.out) + (i * call.out_stride + first) * kSize;
+      const uint32_t whole = wide ? bytes / 16 * 16 : 0;
+      for (uint32_t at = 16 * thread; at < whole; at += 16 * threads)
+        *reinterpret_cast<uint4*>(to + at) = lds<uint4>(at);
+      for (uint32_t at = whole + 2 * thread; at < bytes; at += 2 * threads)
+        *reinterpret_cast<uint16_t*>(to + at) = lds<uint16_t>(at);
+      sync_block();
+    }
+  }
+}
+
+// A lane keeps the sums of four columns of every plane of its unit, and has the loads of a few rows under way: a bag is
+// bound by the latency of its rows, one after another.
 template <int Bits, lowbit_dtype Dtype>
 __global__ void __launch_bounds__(32 * kRowWarps, 2)
     gather_bags(CudaGather call, RowShape<Bits> shape, RowMap map, bool wide) {
-  constexpr int kPlanes = RowShape<Bits>::kPlanes;
+  constexpr int kPlanes = RowShape<Bits>::kPlanes, kAhead = kPlanes > 4 ? 2 : 4;
   using Part = Segment<1, 1>;
   map.each([&](int64_t bag, int64_t segment) {
     const uint32_t unit = Part::unit(segment, 0);
@@ -175,23 +234,44 @@ __global__ void __launch_bounds__(32 * kRowWarps, 2)
     const int64_t begin = max(ldg(call.offsets + bag), int64_t(0)), end = min(ldg(call.offsets + bag + 1), call.count);
     float sum[kPlanes][4] = {};
     int64_t counted = 0;
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t row = row_of(call, i, segment == 0 && threadIdx.x % 32 == 0);
-      counted += row != kSkip;
-      if (row < 0) continue;
-      GridPiece<Bits, 1> part;
-      part.load(call, shape, row, unit, byte);
+    for (int64_t i = begin; i < end; i += kAhead) {
+      int64_t row[kAhead];
 #pragma unroll
-      for (int plane = 0; plane < kPlanes; plane++)
+      for (int ahead = 0; ahead < kAhead; ahead++) {
+        row[ahead] = i + ahead < end ? row_of(call, i + ahead, segment == 0 && threadIdx.x % 32 == 0) : kSkip;
+        counted += row[ahead] != kSkip;
+      }
+      GridPiece<Bits, 1> part[kAhead];
 #pragma unroll
-        for (int j = 0; j < 4; j++) sum[plane][j] += part.value(plane, j);
+      for (int ahead = 0; ahead < kAhead; ahead++)
+        if (row[ahead] >= 0)
+          part[ahead].load(call, shape, row[ahead], unit, byte);
+        else
+          part[ahead].clear();  // adds 0 to a sum that is never -0
+#pragma unroll
+      for (int ahead = 0; ahead < kAhead; ahead++)
+#pragma unroll
+        for (int plane = 0; plane < kPlanes; plane++) {
+          float value[4];
+          part[ahead].values(plane, call.w.scale_dtype, value);
+#pragma unroll
+          for (int j = 0; j < 4; j++) sum[plane][j] += value[j];
+        }
     }
 #pragma unroll
     for (int plane = 0; plane < kPlanes; plane++) {
       if (call.mean && counted > 0)
 #pragma unroll
         for (int j = 0; j < 4; j++) sum[plane][j] = sum[plane][j] / float(counted);
-      store_columns<Dtype, 1>(call, wide, bag, shape.column(unit, plane, byte), sum[plane]);
+      const uint32_t k = shape.column(unit, plane, byte);
+      if (call.w.perm) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          if (const uint32_t column = original(call, k + j); column < shape.cols)
+            store_value<Dtype>(call.out, bag * call.out_stride + column, sum[plane][j]);
+      } else {
+        store_columns<Dtype, 1>(call, wide, bag, k, sum[plane]);
+      }
     }
   });
 }
@@ -204,6 +284,13 @@ cudaError_t start(const CudaGather& call, cudaStream_t stream) {
   if (call.offsets) {
     const RowMap map(call.bags, Segment<1, 1>::count(shape.units));
     return launch(gather_bags<Bits, Dtype>, map.grid(), 32 * kRowWarps, 0, stream, call, shape, map, wide);
+  }
+  if (call.w.perm) {
+    const dim3 grid(unsigned(call.count < INT32_MAX ? call.count : INT32_MAX), 1, 1);
+    const int64_t row_bytes = ceil_div(call.w.cols * kBytes<Dtype>, 16) * 16;
+    return launch(gather_permuted<Bits, Dtype>, grid, 32 * kRowWarps,
+                  size_t(row_bytes < kWindowBytes ? row_bytes : kWindowBytes), stream, call, shape,
+                  uint32_t(Segment<1, 1>::count(shape.units)), wide);
   }
   const RowMap map(call.count, Segment<4 / kBytes<Dtype>, kSteps<Bits>>::count(shape.units));
   return launch(gather_rows<Bits, Dtype>, map.grid(), 32 * kRowWarps, 0, stream, call, shape, map, wide);

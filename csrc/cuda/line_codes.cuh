@@ -123,8 +123,8 @@ struct RowShape {
         units(uint32_t(ceil_div(row_planes(columns), kPlanes))),
         last_low_lines(uint32_t(row_lines(Bits, columns) - int64_t(units - 1) * kLines - 1)) {}
 
-  // Byte offset in a row of line `line` of a unit (int3: 0 and 1 are the low lines, 2 the high line). Where a row has no
-  // second low line, the first stands in for it: what is read there lies beyond cols.
+  // Byte offset in a row of line `line` of a unit (int3: 0 and 1 are the low lines, 2 the high line). Where a row has
+  // no second low line, the first stands in for it: what is read there lies beyond cols.
   __device__ __forceinline__ int64_t line_offset(uint32_t unit, int line) const {
     const bool short_unit = Bits == 3 && last_low_lines == 1 && unit + 1 == units;
     return (int64_t(unit) * kLines + (short_unit ? line / 2 : line)) * kLineBytes;

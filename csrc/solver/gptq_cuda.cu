@@ -12,11 +12,12 @@
 //
 //   solve_block  8 lanes a row, 16 columns of it in the registers of each; a column's error is computed by all 8 and
 //                pushed onto the rest of the block at once. Bound by latency: a column waits for the one before it,
-//                about 200 cycles of shuffle, two divisions and a rounding; 16 rows a thread block give 4096 rows 16
-//                warps an SM, which fills them. 128 columns: about 15 us.
+//                about 200 cycles of shuffle, two divisions and a rounding, 15 us for 128 of them. 4096 rows are 8
+//                warps an SM, two a scheduler, which hide in that time what they issue.
 //   push_block   W[:, j] -= errors * U[block, j] for every j beyond the block: a matrix product of tiles of 128 rows x
 //                64 columns, 8 x 8 of them a thread, factor and errors through shared memory 16 columns of the block
 //                at a time. Bound by fp32 fma: rows * cols^2 / 2 of them in all, 4096^3 / 2 at 33 T/s is 1.0 ms.
+// (Arithmetic; measured nowhere yet.)
 //
 // Workspace: W as it becomes, [rows][cols rounded up to 16] fp32; a solved block leaves its errors there.
 #include "cuda/ptx.cuh"
@@ -253,8 +254,8 @@ __global__ void __launch_bounds__(kSolveThreads, 4) solve_block(Problem p, Block
 
 constexpr int kPushRows = 128, kPushCols = 64, kChunk = 16, kPushThreads = 128;
 
-// Shared memory, twice: errors [128 rows][16], rows 20 floats apart (four neighbours in different banks), and the factor
-// [16][64]. Thread t has rows t / 8 + 16i and columns 4 (t % 8) + 32h + c.
+// Shared memory, twice: errors [128 rows][16], rows 20 floats apart (four neighbours in different banks), and the
+// factor [16][64]. Thread t has rows t / 8 + 16i and columns 4 (t % 8) + 32h + c.
 constexpr uint32_t kErrorStride = (kChunk + 4) * 4, kFactorAt = kPushRows * kErrorStride;
 constexpr uint32_t kPushStage = kFactorAt + kChunk * kPushCols * 4;
 

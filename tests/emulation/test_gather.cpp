@@ -1,4 +1,6 @@
 // gather.cu on the emulator against lowbit_gather and lowbit_unpack, bit for bit.
+#include <sys/mman.h>
+
 #include <climits>
 
 #include "verbs_test.h"
@@ -135,16 +137,58 @@ void test_bags(const Case& c, const Layout& layout, bool mean) {
   CHECK(first_bad == 3, "%s: first_bad %lld", what.c_str(), static_cast<long long>(first_bad));
 }
 
-// A perm that is none: nothing is written outside the rows, whatever lands in them.
+// A perm that is none: nothing is written outside the rows, whatever lands in them. Columns that it names twice are
+// written by two lanes, which is the one thing that the emulator may object to.
 void test_hostile_perm(int bits) {
-  Case c = some_case(bits, 3, 257, true, generator);
+  const Case c = some_case(bits, 3, 257, true, generator);
   TestMatrix m(c, generator);
   for (size_t k = 0; k < m.perm.size(); k += 2) m.perm[k] = k % 3 ? INT_MAX : k % 4 ? -1 : int32_t(c.cols);
-  Guarded out(size_t(c.rows * c.cols) * 2);
-  CudaGather call = gather_of(normalised(m), LOWBIT_F16, c.cols, out.get());
-  call.count = c.rows;
-  run(name_of(c) + " hostile", cuda::gather, &call);
-  CHECK(out.intact(), "%s: a bad perm wrote outside", name_of(c).c_str());
+  m.perm[1] = m.perm[255];
+  const int64_t ids[] = {0, 1, 2}, offsets[] = {0, 2, 3, 3};
+  for (const bool bags : {false, true}) {
+    Guarded out(size_t(c.rows * c.cols) * 2);
+    CudaGather call = gather_of(normalised(m), LOWBIT_F16, c.cols, out.get());
+    call.count = c.rows;
+    if (bags) call.ids = ids, call.id_dtype = LOWBIT_I64, call.offsets = offsets, call.bags = 3;
+    CudaMessage message = {};
+    CHECK(cuda::gather(&kQueue, &call, &message) == LOWBIT_OK, "%s", message.text);
+    for (int64_t i = 0; i < emulation::violations() && i < emulation::kMessages; i++)
+      CHECK(strstr(emulation::message(int(i)), "race"), "%s hostile: %s", name_of(c).c_str(),
+            emulation::message(int(i)));
+    emulation::clear();
+    CHECK(out.intact(), "%s: a bad perm wrote outside", name_of(c).c_str());
+  }
+}
+
+// Codes beyond 2^32 bytes and an output beyond 2^31 elements: memory that is only reserved, but for what is touched.
+void test_far() {
+  constexpr int64_t kRows = int64_t(1) << 27, kStride = (int64_t(1) << 31) + 8;
+  const auto reserve = [](size_t bytes) {
+    return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  };
+  const size_t code_bytes = size_t(kRows) * 64, out_bytes = size_t(2 * kStride + 64) * 2;
+  void *codes = reserve(code_bytes), *out = reserve(out_bytes);
+  if (codes != MAP_FAILED && out != MAP_FAILED) {
+    const float scale = 0.25f;
+    lowbit_matrix w = {LOWBIT_INT8, kRows, 64,      64,     static_cast<uint8_t*>(codes), &scale, LOWBIT_F32,
+                       1,           1,     nullptr, nullptr};
+    for (int k = 0; k < 64; k++) static_cast<uint8_t*>(codes)[(kRows - 1) * 64 + k] = uint8_t(128 + k);
+    const int64_t ids[] = {0, 1, kRows - 1};
+    for (const bool gathers : {true, false}) {
+      CudaGather call = gather_of(w, LOWBIT_F16, kStride, out);
+      call.row_begin = kRows - 3, call.count = 3;
+      if (gathers) call.ids = ids, call.id_dtype = LOWBIT_I64;
+      run("far", cuda::gather, &call);
+      for (int k = 0; k < 64; k++)
+        CHECK(load_float(out, LOWBIT_F16, 2 * kStride + k) == 0.25f * float(k), "far, column %d", k);
+      memset(static_cast<uint16_t*>(out) + 2 * kStride, 0xa5, 128);
+    }
+    uint8_t row[64];
+    run("far", cuda::unpack_codes, &w, kRows - 1, kRows, row);
+    for (int k = 0; k < 64; k++) CHECK(row[k] == 128 + k, "far, code %d", k);
+  }
+  if (codes != MAP_FAILED) munmap(codes, code_bytes);
+  if (out != MAP_FAILED) munmap(out, out_bytes);
 }
 
 }  // namespace
@@ -162,7 +206,11 @@ int main() {
       }
     test_rows(some_case(bits, 37, 2560, false, generator), {LOWBIT_F16, 2560, 0});
     test_rows(some_case(bits, 1, 10944, false, generator), {LOWBIT_BF16, 10944, 0});
+    // More than a window of permuted columns, in both sizes of output.
+    test_rows(some_case(bits, 2, 12288 + 517, true, generator), {LOWBIT_F32, 12288 + 520, 0});
+    test_rows(some_case(bits, 2, 24576 + 64, true, generator), {LOWBIT_F16, 24576 + 64, 0});
     test_hostile_perm(bits);
   }
+  test_far();
   return check::finish("gather");
 }
