@@ -45,14 +45,14 @@ __device__ __forceinline__ void multiply_plane(const uint32_t (&words)[2][4], in
   }
 }
 
-// sums += those of a lane's tokens 8n + 2c and 8n + 2c + 1.
+// The sums of a lane's tokens 8n + 2c and 8n + 2c + 1.
 template <int TokenTiles>
-__device__ __forceinline__ void add_sums(uint32_t at, float (&sums)[TokenTiles][2]) {
+__device__ __forceinline__ void read_sums(uint32_t at, float (&sums)[TokenTiles][2]) {
 #pragma unroll
   for (int n = 0; n < TokenTiles; n++) {
     const float2 two = lds<float2>(at + uint32_t(32 * n));
-    sums[n][0] += two.x;
-    sums[n][1] += two.y;
+    sums[n][0] = two.x;
+    sums[n][1] = two.y;
   }
 }
 
@@ -107,8 +107,8 @@ __device__ __forceinline__ void multiply_unit(const MatrixArguments& w, const La
 #pragma unroll
         for (int v = 0; v < 2; v++) b[n][v] = lds<uint4>(x_at[first + n] + uint32_t(128 * p + 16 * v));
       if constexpr (Groups != Scales::fine) {
-        float sums[kAtOnce][2] = {};
-        add_sums(sums_at + uint32_t(32 * TokenTiles * p + 32 * first), sums);
+        float sums[kAtOnce][2];
+        read_sums(sums_at + uint32_t(32 * TokenTiles * p + 32 * first), sums);
 #pragma unroll
         for (int tile = 0; tile < RowTiles; tile++) {
           uint32_t words[2][4];
@@ -130,8 +130,12 @@ __device__ __forceinline__ void multiply_unit(const MatrixArguments& w, const La
           if (group == done) continue;
           done = group;
           float sums[kAtOnce][2] = {};
-          for (int s = q; s < 4 && column_group(w, 64 * plane + 16 * s) == group; s++)
-            add_sums(sums_at + uint32_t(32 * TokenTiles * (4 * p + s)), sums);
+          for (int s = q; s < 4 && column_group(w, 64 * plane + 16 * s) == group; s++) {
+            float more[kAtOnce][2];
+            read_sums(sums_at + uint32_t(32 * TokenTiles * (4 * p + s)), more);
+#pragma unroll
+            for (int n = 0; n < kAtOnce; n++) sums[n][0] += more[n][0], sums[n][1] += more[n][1];
+          }
           load_scales<Bits>(w, rows[0], group, scale[0], zero[0]);
           const uint32_t mask = column_group(w, 64 * plane + 16 * (lane & 3)) == group ? ~0u : 0;
           multiply_plane<Bits, Bf16, kAtOnce>(words, p, b, sums, scale[0], zero[0], mask, part[0]);

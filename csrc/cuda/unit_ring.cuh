@@ -13,18 +13,18 @@ namespace cuda {
 template <int Bits, Scales Groups>
 struct UnitCopier {
   const uint8_t* lines[2];
-  uintptr_t side;                        // address of the row's first scale, or zero
-  uintptr_t side_tail;                   // the array's last aligned word,
-  uint32_t side_tail_bytes, side_bytes;  // which may be short; bytes of an element, 0 where there is nothing to copy
+  uintptr_t side;       // address of the row's first scale, or zero
+  uint32_t side_bytes;  // of a scale, or zero; 0 where there is nothing to copy
+  bool last;            // the tile has the last row: the array may end within an aligned word
 
-  __device__ __forceinline__ UnitCopier(const MatrixArguments& w, int lane) : lines{}, side(0) {
-    const bool zeros = lane >= 16;
-    side_bytes = zeros ? (w.zeros ? 1 : 0) : uint32_t(w.scale_bytes);
-    const uintptr_t end = zeros ? reinterpret_cast<uintptr_t>(w.zeros) + uintptr_t(w.scale_count)
-                                : reinterpret_cast<uintptr_t>(w.scales) + uintptr_t(w.scale_count * w.scale_bytes);
-    side_tail = (end - 1) & ~uintptr_t(3);
-    side_tail_bytes = uint32_t(end - side_tail);
-  }
+  UnitCopier() = default;
+  __device__ __forceinline__ UnitCopier(const MatrixArguments& w, int lane)
+      : lines{},
+        side(0),
+        side_bytes(lane < 16 ? uint32_t(w.scale_bytes)
+                   : w.zeros ? 1
+                             : 0),
+        last(false) {}
 
   __device__ __forceinline__ void go_to(const MatrixArguments& w, int64_t tile, int lane) {
 #pragma unroll
@@ -35,6 +35,7 @@ struct UnitCopier {
     const int64_t row = min(tile * kTileRows + (lane & 15), w.rows - 1);
     side = reinterpret_cast<uintptr_t>(lane >= 16 ? static_cast<const void*>(w.zeros) : w.scales) +
            uintptr_t(row * w.scale_row_stride) * side_bytes;
+    last = (tile + 1) * kTileRows >= w.rows || !w.scale_row_stride;
   }
 
   // Starts the copies of one unit into a slot:
@@ -58,8 +59,15 @@ struct UnitCopier {
       int32_t group = plane_group(w, unit * kPlanes + p);
       if (Groups == Scales::plane) group = min(group, w.groups - 1);
       const uintptr_t word = (side + uint32_t(group) * side_bytes) & ~uintptr_t(3);
-      cp_async4(slot + uint32_t(kLines * 1024 + 128 * p + 4 * lane), reinterpret_cast<const void*>(word),
-                word == side_tail ? side_tail_bytes : 4);
+      const uint32_t at = slot + uint32_t(kLines * 1024 + 128 * p + 4 * lane);
+      if (!last) {
+        cp_async4(at, reinterpret_cast<const void*>(word));
+      } else {  // not a byte beyond the array
+        const uintptr_t end = lane < 16
+                                  ? reinterpret_cast<uintptr_t>(w.scales) + uintptr_t(w.scale_count * w.scale_bytes)
+                                  : reinterpret_cast<uintptr_t>(w.zeros) + uintptr_t(w.scale_count);
+        cp_async4(at, reinterpret_cast<const void*>(word), uint32_t(min(end - word, uintptr_t(4))));
+      }
     }
   }
 };
