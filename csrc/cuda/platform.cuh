@@ -27,7 +27,7 @@ namespace cuda {
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
                    A... arguments) {
-  // Above 48 KB a kernel must be told; the attribute is per device and costs well under a microsecond to set again.
+  // Above 48 KB a kernel must be told, on every device; telling it again is allowed at any time, in a capture too.
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));

@@ -14,16 +14,16 @@ template <int Bits, Scales Groups>
 struct UnitCopier {
   const uint8_t* lines[2];
   uintptr_t side;       // address of the row's first scale, or zero
-  uint32_t side_bytes;  // of a scale, or zero; 0 where there is nothing to copy
-  bool last;            // the tile has the last row: the array may end within an aligned word
+  uint32_t side_bytes;  // of a scale, or zero
+  bool zeros;           // without any, lanes 16 to 31 copy scales again: no lane goes a way of its own
+  bool last;            // one of the last two tiles: the array may end within an aligned word of theirs
 
   UnitCopier() = default;
   __device__ __forceinline__ UnitCopier(const MatrixArguments& w, int lane)
       : lines{},
         side(0),
-        side_bytes(lane < 16 ? uint32_t(w.scale_bytes)
-                   : w.zeros ? 1
-                             : 0),
+        side_bytes(lane >= 16 && w.zeros ? 1 : uint32_t(w.scale_bytes)),
+        zeros(lane >= 16 && w.zeros),
         last(false) {}
 
   __device__ __forceinline__ void go_to(const MatrixArguments& w, int64_t tile, int lane) {
@@ -33,9 +33,9 @@ struct UnitCopier {
       lines[r] = w.codes + row * w.row_lines * kLineBytes + 16 * (lane & 3);
     }
     const int64_t row = min(tile * kTileRows + (lane & 15), w.rows - 1);
-    side = reinterpret_cast<uintptr_t>(lane >= 16 ? static_cast<const void*>(w.zeros) : w.scales) +
+    side = reinterpret_cast<uintptr_t>(zeros ? static_cast<const void*>(w.zeros) : w.scales) +
            uintptr_t(row * w.scale_row_stride) * side_bytes;
-    last = (tile + 1) * kTileRows >= w.rows || !w.scale_row_stride;
+    last = (tile + 2) * kTileRows >= w.rows || !w.scale_row_stride;
   }
 
   // Starts the copies of one unit into a slot:
@@ -52,7 +52,7 @@ struct UnitCopier {
       for (int r = 0; r < 2; r++)
         cp_async16(slot + uint32_t((line * 2 + r) * 512 + lane * 16),
                    lines[r] + (int64_t(unit) * kLines + (is_short && line ? line - 1 : line)) * kLineBytes);
-    if (Groups == Scales::fine || !side_bytes) return;  // finer groups read their scales as they need them
+    if constexpr (Groups == Scales::fine) return;  // finer groups read their scales as they need them
     constexpr int kWords = Groups == Scales::unit ? 1 : kPlanes;
 #pragma unroll
     for (int p = 0; p < kWords; p++) {
@@ -63,9 +63,8 @@ struct UnitCopier {
       if (!last) {
         cp_async4(at, reinterpret_cast<const void*>(word));
       } else {  // not a byte beyond the array
-        const uintptr_t end = lane < 16
-                                  ? reinterpret_cast<uintptr_t>(w.scales) + uintptr_t(w.scale_count * w.scale_bytes)
-                                  : reinterpret_cast<uintptr_t>(w.zeros) + uintptr_t(w.scale_count);
+        const uintptr_t end = zeros ? reinterpret_cast<uintptr_t>(w.zeros) + uintptr_t(w.scale_count)
+                                    : reinterpret_cast<uintptr_t>(w.scales) + uintptr_t(w.scale_count * w.scale_bytes);
         cp_async4(at, reinterpret_cast<const void*>(word), uint32_t(min(end - word, uintptr_t(4))));
       }
     }

@@ -110,7 +110,7 @@ lowbit_status lowbit_set_isa(const char* isa) {
 }
 
 const char* lowbit_isa(void) {
-  lowbit::Isa isa;
+  lowbit::Isa isa = lowbit::Isa::ref;
   return lowbit::allowed_isa(&isa) == LOWBIT_OK ? lowbit::isa_name(isa) : "invalid";
 }
 
