@@ -8,9 +8,11 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace py = pybind11;
+using py::literals::operator""_a;
 
 namespace {
 
@@ -58,9 +60,17 @@ struct Buffer {
   ~Buffer() { lowbit_free(memory, bytes); }
 };
 
-lowbit_matrix matrix(int format, int64_t rows, int64_t cols, int64_t group_size, uintptr_t codes, uintptr_t scales,
-                     int scale_dtype, int64_t scale_rows, int64_t scale_cols, uintptr_t zeros, uintptr_t perm) {
-  lowbit_matrix w{};
+// A view of a matrix and where its memory lies: the index of a GPU, or -1.
+struct Matrix : lowbit_matrix {
+  int32_t device;
+
+  lowbit_cuda_queue queue(uintptr_t stream) const { return {device, pointer<void>(stream)}; }
+};
+
+Matrix matrix(int format, int64_t rows, int64_t cols, int64_t group_size, uintptr_t codes, uintptr_t scales,
+              int scale_dtype, int64_t scale_rows, int64_t scale_cols, uintptr_t zeros, uintptr_t perm,
+              int32_t device) {
+  Matrix w{};
   w.format = lowbit_format(format);
   w.rows = rows;
   w.cols = cols;
@@ -72,7 +82,13 @@ lowbit_matrix matrix(int format, int64_t rows, int64_t cols, int64_t group_size,
   w.scale_cols = scale_cols;
   w.zeros = pointer<const uint8_t>(zeros);
   w.perm = pointer<const int32_t>(perm);
+  w.device = device;
   return w;
+}
+
+lowbit_gptq_options gptq_options(int format, int64_t group_size, bool symmetric, bool clip, bool static_grids,
+                                 int scale_dtype, int64_t block_size) {
+  return {lowbit_format(format), group_size, symmetric, clip, static_grids, lowbit_dtype(scale_dtype), block_size};
 }
 
 }  // namespace
@@ -99,37 +115,44 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       });
 
   // A view of a matrix: addresses and shapes. Whoever makes one keeps the memory alive.
-  py::class_<lowbit_matrix>(m, "Matrix")
+  // The verbs of a GPU have the prefix cuda_ and queue their work on a stream (0: the default one) of the matrix's own.
+  py::class_<Matrix>(m, "Matrix")
       .def(py::init(&matrix), py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group_size"),
            py::arg("codes"), py::arg("scales"), py::arg("scale_dtype"), py::arg("scale_rows"), py::arg("scale_cols"),
-           py::arg("zeros"), py::arg("perm"))
-      .def_readonly("rows", &lowbit_matrix::rows)
-      .def_readonly("cols", &lowbit_matrix::cols)
+           py::arg("zeros"), py::arg("perm"), py::arg("device") = -1)
+      .def_readonly("rows", &Matrix::rows)
+      .def_readonly("cols", &Matrix::cols)
+      .def_readonly("device", &Matrix::device)
       .def(
-          "check", [](const lowbit_matrix& w, bool values) { run([&] { return lowbit_matrix_check(&w, values); }); },
+          "check",
+          [](const Matrix& w, bool values) {
+            lowbit_matrix view = w;
+            if (w.device >= 0) view.perm = nullptr;  // its numbers are cuda_check's to read
+            run([&] { return lowbit_matrix_check(&view, values && w.device < 0); });
+          },
           py::arg("values"))
       .def(
           "pack_codes",
-          [](const lowbit_matrix& w, uintptr_t codes, uintptr_t out) {
+          [](const Matrix& w, uintptr_t codes, uintptr_t out) {
             run([&] { return lowbit_pack_codes(&w, pointer<const uint8_t>(codes), pointer<uint8_t>(out)); });
           },
           py::arg("codes"), py::arg("out"))
       .def(
           "unpack_codes",
-          [](const lowbit_matrix& w, int64_t begin, int64_t end, uintptr_t out) {
+          [](const Matrix& w, int64_t begin, int64_t end, uintptr_t out) {
             run([&] { return lowbit_unpack_codes(&w, begin, end, pointer<uint8_t>(out)); });
           },
           py::arg("begin"), py::arg("end"), py::arg("out"))
       .def(
           "unpack",
-          [](const lowbit_matrix& w, int64_t begin, int64_t end, uintptr_t out, int dtype, int64_t stride) {
+          [](const Matrix& w, int64_t begin, int64_t end, uintptr_t out, int dtype, int64_t stride) {
             run([&] { return lowbit_unpack(&w, begin, end, pointer<void>(out), lowbit_dtype(dtype), stride); });
           },
           py::arg("begin"), py::arg("end"), py::arg("out"), py::arg("dtype"), py::arg("stride"))
       .def(
           "matmul",
-          [](const lowbit_matrix& w, uintptr_t x, int dtype, int64_t tokens, int64_t x_stride, uintptr_t bias,
-             int bias_dtype, uintptr_t y, int64_t y_stride, int activations) {
+          [](const Matrix& w, uintptr_t x, int dtype, int64_t tokens, int64_t x_stride, uintptr_t bias, int bias_dtype,
+             uintptr_t y, int64_t y_stride, int activations) {
             run([&] {
               return lowbit_matmul(&w, pointer<const void>(x), lowbit_dtype(dtype), tokens, x_stride,
                                    pointer<const void>(bias), lowbit_dtype(bias_dtype), pointer<void>(y), y_stride,
@@ -140,14 +163,109 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("bias_dtype"), py::arg("y"), py::arg("y_stride"), py::arg("activations"))
       .def(
           "gather",
-          [](const lowbit_matrix& w, uintptr_t ids, int id_dtype, int64_t count, int policy, uintptr_t out,
-             int out_dtype, int64_t out_stride) {
+          [](const Matrix& w, uintptr_t ids, int id_dtype, int64_t count, int policy, uintptr_t out, int out_dtype,
+             int64_t out_stride) {
             run([&] {
               return lowbit_gather(&w, pointer<const void>(ids), lowbit_dtype(id_dtype), count,
                                    lowbit_id_policy(policy), pointer<void>(out), lowbit_dtype(out_dtype), out_stride);
             });
           },
           py::arg("ids"), py::arg("id_dtype"), py::arg("count"), py::arg("policy"), py::arg("out"),
+          py::arg("out_dtype"), py::arg("out_stride"))
+      .def(
+          "cuda_check",
+          [](const Matrix& w, uintptr_t stream, uintptr_t bad, uintptr_t workspace, size_t workspace_bytes) {
+            const lowbit_cuda_queue queue = w.queue(stream);
+            run([&] {
+              return lowbit_cuda_matrix_check(&queue, &w, pointer<int64_t>(bad), pointer<void>(workspace),
+                                              workspace_bytes);
+            });
+          },
+          py::arg("stream"), py::arg("bad"), py::arg("workspace"), py::arg("workspace_bytes"))
+      .def(
+          "cuda_pack_codes",
+          [](const Matrix& w, uintptr_t stream, uintptr_t codes, uintptr_t out, uintptr_t first_bad) {
+            const lowbit_cuda_queue queue = w.queue(stream);
+            run([&] {
+              return lowbit_cuda_pack_codes(&queue, &w, pointer<const uint8_t>(codes), pointer<uint8_t>(out),
+                                            pointer<int64_t>(first_bad));
+            });
+          },
+          py::arg("stream"), py::arg("codes"), py::arg("out"), py::arg("first_bad"))
+      .def(
+          "cuda_unpack_codes",
+          [](const Matrix& w, uintptr_t stream, int64_t begin, int64_t end, uintptr_t out) {
+            const lowbit_cuda_queue queue = w.queue(stream);
+            run([&] { return lowbit_cuda_unpack_codes(&queue, &w, begin, end, pointer<uint8_t>(out)); });
+          },
+          py::arg("stream"), py::arg("begin"), py::arg("end"), py::arg("out"))
+      .def(
+          "cuda_unpack",
+          [](const Matrix& w, uintptr_t stream, int64_t begin, int64_t end, uintptr_t out, int dtype, int64_t stride) {
+            const lowbit_cuda_queue queue = w.queue(stream);
+            run([&] {
+              return lowbit_cuda_unpack(&queue, &w, begin, end, pointer<void>(out), lowbit_dtype(dtype), stride);
+            });
+          },
+          py::arg("stream"), py::arg("begin"), py::arg("end"), py::arg("out"), py::arg("dtype"), py::arg("stride"))
+      .def(
+          "cuda_matmul_plan",
+          [](const Matrix& w, int64_t tokens, int dtype, int activations) {
+            lowbit_cuda_plan plan;
+            run([&] {
+              lowbit_cuda_device device;
+              const lowbit_status status = lowbit_cuda_describe(w.device, &device);
+              return status != LOWBIT_OK ? status
+                                         : lowbit_cuda_matmul_plan(&device, &w, tokens, lowbit_dtype(dtype),
+                                                                   lowbit_activations(activations), &plan);
+            });
+            return std::make_tuple(std::string(plan.kernel), plan.prefers_unpack != 0, plan.workspace_bytes,
+                                   plan.zeroed_bytes);
+          },
+          py::arg("tokens"), py::arg("dtype"), py::arg("activations"))
+      .def(
+          "cuda_matmul",
+          [](const Matrix& w, uintptr_t stream, uintptr_t x, int dtype, int64_t tokens, int64_t x_stride,
+             uintptr_t bias, int bias_dtype, uintptr_t y, int64_t y_stride, int activations, uintptr_t workspace,
+             size_t workspace_bytes) {
+            const lowbit_cuda_queue queue = w.queue(stream);
+            run([&] {
+              return lowbit_cuda_matmul(&queue, &w, pointer<const void>(x), lowbit_dtype(dtype), tokens, x_stride,
+                                        pointer<const void>(bias), lowbit_dtype(bias_dtype), pointer<void>(y), y_stride,
+                                        lowbit_activations(activations), pointer<void>(workspace), workspace_bytes);
+            });
+          },
+          py::arg("stream"), py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("x_stride"), py::arg("bias"),
+          py::arg("bias_dtype"), py::arg("y"), py::arg("y_stride"), py::arg("activations"), py::arg("workspace"),
+          py::arg("workspace_bytes"))
+      .def(
+          "cuda_gather",
+          [](const Matrix& w, uintptr_t stream, uintptr_t ids, int id_dtype, int64_t count, int policy,
+             int64_t padding_id, uintptr_t first_bad, uintptr_t out, int out_dtype, int64_t out_stride) {
+            const lowbit_cuda_queue queue = w.queue(stream);
+            run([&] {
+              return lowbit_cuda_gather(&queue, &w, pointer<const void>(ids), lowbit_dtype(id_dtype), count,
+                                        lowbit_id_policy(policy), padding_id, pointer<int64_t>(first_bad),
+                                        pointer<void>(out), lowbit_dtype(out_dtype), out_stride);
+            });
+          },
+          py::arg("stream"), py::arg("ids"), py::arg("id_dtype"), py::arg("count"), py::arg("policy"),
+          py::arg("padding_id"), py::arg("first_bad"), py::arg("out"), py::arg("out_dtype"), py::arg("out_stride"))
+      .def(
+          "cuda_gather_bags",
+          [](const Matrix& w, uintptr_t stream, uintptr_t ids, int id_dtype, int64_t count, uintptr_t offsets,
+             int64_t bags, bool mean, int policy, int64_t padding_id, uintptr_t first_bad, uintptr_t out, int out_dtype,
+             int64_t out_stride) {
+            const lowbit_cuda_queue queue = w.queue(stream);
+            run([&] {
+              return lowbit_cuda_gather_bags(&queue, &w, pointer<const void>(ids), lowbit_dtype(id_dtype), count,
+                                             pointer<const int64_t>(offsets), bags, mean, lowbit_id_policy(policy),
+                                             padding_id, pointer<int64_t>(first_bad), pointer<void>(out),
+                                             lowbit_dtype(out_dtype), out_stride);
+            });
+          },
+          py::arg("stream"), py::arg("ids"), py::arg("id_dtype"), py::arg("count"), py::arg("offsets"), py::arg("bags"),
+          py::arg("mean"), py::arg("policy"), py::arg("padding_id"), py::arg("first_bad"), py::arg("out"),
           py::arg("out_dtype"), py::arg("out_stride"));
 
   m.def(
@@ -172,8 +290,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       [](int format, int64_t rows, int64_t cols, int64_t group_size, bool symmetric, bool clip, bool static_grids,
          int scale_dtype, int64_t block_size, uintptr_t weight, uintptr_t factor, uintptr_t group_index,
          uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t loss) {
-        const lowbit_gptq_options options = {lowbit_format(format),     group_size, symmetric, clip, static_grids,
-                                             lowbit_dtype(scale_dtype), block_size};
+        const auto options = gptq_options(format, group_size, symmetric, clip, static_grids, scale_dtype, block_size);
         run([&] {
           return lowbit_gptq_solve(&options, rows, cols, pointer<const float>(weight), pointer<const float>(factor),
                                    pointer<const int32_t>(group_index), pointer<uint8_t>(codes), pointer<float>(scales),
@@ -183,6 +300,55 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group_size"), py::arg("symmetric"), py::arg("clip"),
       py::arg("static_grids"), py::arg("scale_dtype"), py::arg("block_size"), py::arg("weight"), py::arg("factor"),
       py::arg("group_index"), py::arg("codes"), py::arg("scales"), py::arg("zeros"), py::arg("loss"));
+
+  // The GPUs. NotImplementedError where there is none, but from cuda_architectures.
+  m.def("cuda_architectures", [] { return std::string(lowbit_cuda_architectures()); });
+  m.def("cuda_device_count", [] {
+    int32_t count = 0;
+    run([&] { return lowbit_cuda_device_count(&count); });
+    return count;
+  });
+  m.def(
+      "cuda_describe",
+      [](int32_t device) {
+        lowbit_cuda_device description;
+        run([&] { return lowbit_cuda_describe(device, &description); });
+        return py::dict(
+            "name"_a = description.name, "arch"_a = description.arch, "multiprocessors"_a = description.multiprocessors,
+            "shared_per_block"_a = description.shared_per_block, "shared_per_sm"_a = description.shared_per_sm,
+            "driver"_a = description.driver, "runtime"_a = description.runtime);
+      },
+      py::arg("device"));
+  m.def(
+      "cuda_gptq_workspace",
+      [](int format, int64_t rows, int64_t cols, int64_t group_size, bool symmetric, bool clip, bool static_grids,
+         int scale_dtype, int64_t block_size) {
+        const auto options = gptq_options(format, group_size, symmetric, clip, static_grids, scale_dtype, block_size);
+        size_t bytes = 0;
+        run([&] { return lowbit_cuda_gptq_workspace(&options, rows, cols, &bytes); });
+        return bytes;
+      },
+      py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group_size"), py::arg("symmetric"), py::arg("clip"),
+      py::arg("static_grids"), py::arg("scale_dtype"), py::arg("block_size"));
+  m.def(
+      "cuda_gptq_solve",
+      [](int32_t device, uintptr_t stream, int format, int64_t rows, int64_t cols, int64_t group_size, bool symmetric,
+         bool clip, bool static_grids, int scale_dtype, int64_t block_size, uintptr_t weight, uintptr_t factor,
+         uintptr_t group_index, uintptr_t codes, uintptr_t scales, uintptr_t zeros, uintptr_t loss, uintptr_t workspace,
+         size_t workspace_bytes) {
+        const auto options = gptq_options(format, group_size, symmetric, clip, static_grids, scale_dtype, block_size);
+        const lowbit_cuda_queue queue = {device, pointer<void>(stream)};
+        run([&] {
+          return lowbit_cuda_gptq_solve(&queue, &options, rows, cols, pointer<const float>(weight),
+                                        pointer<const float>(factor), pointer<const int32_t>(group_index),
+                                        pointer<uint8_t>(codes), pointer<float>(scales), pointer<uint8_t>(zeros),
+                                        pointer<double>(loss), pointer<void>(workspace), workspace_bytes);
+        });
+      },
+      py::arg("device"), py::arg("stream"), py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("group_size"),
+      py::arg("symmetric"), py::arg("clip"), py::arg("static_grids"), py::arg("scale_dtype"), py::arg("block_size"),
+      py::arg("weight"), py::arg("factor"), py::arg("group_index"), py::arg("codes"), py::arg("scales"),
+      py::arg("zeros"), py::arg("loss"), py::arg("workspace"), py::arg("workspace_bytes"));
 
   m.def(
       "gptq_read_weight",

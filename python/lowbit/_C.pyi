@@ -22,12 +22,19 @@ class Buffer:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Matrix:
-    """A view of a matrix: addresses and shapes. Whoever makes one keeps the memory alive."""
+    """A view of a matrix: addresses, shapes and where the memory lies, -1 for the CPU or the index of a GPU. Whoever
+    makes one keeps the memory alive.
+
+    The verbs of a GPU have the prefix cuda_ and queue their work on a stream of it, 0 being the default one. A plan is
+    (kernel, prefers_unpack, workspace_bytes, zeroed_bytes).
+    """
 
     @property
     def rows(self) -> int: ...
     @property
     def cols(self) -> int: ...
+    @property
+    def device(self) -> int: ...
     def __init__(
         self,
         format: int,
@@ -41,6 +48,7 @@ class Matrix:
         scale_cols: int,
         zeros: int,
         perm: int,
+        device: int = -1,
     ) -> None: ...
     def check(self, values: bool) -> None: ...
     def pack_codes(self, codes: int, out: int) -> None: ...
@@ -60,6 +68,55 @@ class Matrix:
     ) -> None: ...
     def gather(
         self, ids: int, id_dtype: int, count: int, policy: int, out: int, out_dtype: int, out_stride: int
+    ) -> None: ...
+    def cuda_check(self, stream: int, bad: int, workspace: int, workspace_bytes: int) -> None: ...
+    def cuda_pack_codes(self, stream: int, codes: int, out: int, first_bad: int) -> None: ...
+    def cuda_unpack_codes(self, stream: int, begin: int, end: int, out: int) -> None: ...
+    def cuda_unpack(self, stream: int, begin: int, end: int, out: int, dtype: int, stride: int) -> None: ...
+    def cuda_matmul_plan(self, tokens: int, dtype: int, activations: int) -> tuple[str, bool, int, int]: ...
+    def cuda_matmul(
+        self,
+        stream: int,
+        x: int,
+        dtype: int,
+        tokens: int,
+        x_stride: int,
+        bias: int,
+        bias_dtype: int,
+        y: int,
+        y_stride: int,
+        activations: int,
+        workspace: int,
+        workspace_bytes: int,
+    ) -> None: ...
+    def cuda_gather(
+        self,
+        stream: int,
+        ids: int,
+        id_dtype: int,
+        count: int,
+        policy: int,
+        padding_id: int,
+        first_bad: int,
+        out: int,
+        out_dtype: int,
+        out_stride: int,
+    ) -> None: ...
+    def cuda_gather_bags(
+        self,
+        stream: int,
+        ids: int,
+        id_dtype: int,
+        count: int,
+        offsets: int,
+        bags: int,
+        mean: bool,
+        policy: int,
+        padding_id: int,
+        first_bad: int,
+        out: int,
+        out_dtype: int,
+        out_stride: int,
     ) -> None: ...
 
 def row_lines(format: int, cols: int) -> int: ...
@@ -94,6 +151,42 @@ def gptq_solve(
     scales: int,
     zeros: int,
     loss: int,
+) -> None: ...
+def cuda_architectures() -> str: ...
+def cuda_device_count() -> int: ...
+def cuda_describe(device: int) -> dict: ...
+def cuda_gptq_workspace(
+    format: int,
+    rows: int,
+    cols: int,
+    group_size: int,
+    symmetric: bool,
+    clip: bool,
+    static_grids: bool,
+    scale_dtype: int,
+    block_size: int,
+) -> int: ...
+def cuda_gptq_solve(
+    device: int,
+    stream: int,
+    format: int,
+    rows: int,
+    cols: int,
+    group_size: int,
+    symmetric: bool,
+    clip: bool,
+    static_grids: bool,
+    scale_dtype: int,
+    block_size: int,
+    weight: int,
+    factor: int,
+    group_index: int,
+    codes: int,
+    scales: int,
+    zeros: int,
+    loss: int,
+    workspace: int,
+    workspace_bytes: int,
 ) -> None: ...
 def gptq_read_weight(bits: int, rows: int, cols: int, qweight: int, codes: int) -> None: ...
 def gptq_write_weight(bits: int, rows: int, cols: int, codes: int, qweight: int) -> None: ...

@@ -18,6 +18,7 @@ _LAZY = {
     "prepare_ternary_training": "lowbit.quantize.training",
     "load": "lowbit.checkpoint",
     "save": "lowbit.checkpoint",
+    "cuda": None,
     "ops": None,
     "nn": None,
     "models": None,

@@ -1,6 +1,7 @@
 """Tensors in, calls of the C API out: the checks and the address arithmetic that every verb shares.
 
-Everything below takes plain CPU tensors; what they mean to users is in matrix.py, what they mean to torch in ops.py.
+Tensors lie on the CPU or on an NVIDIA GPU, all of a call on the same one; where it is a GPU, the call goes on in
+cuda.py. What tensors mean to users is in matrix.py, what they mean to torch in ops.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch  # before _C, so that the process has torch's OpenMP runtime and no second one
 from torch import Tensor
 
-from lowbit import _C
+from lowbit import _C, cuda
 
 # By their lowbit_format: the width of an integer format, 1 for five ternary digits a byte.
 FORMATS = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "trit": 1}
@@ -19,6 +20,7 @@ FLOAT_DTYPES = SCALE_DTYPES
 ID_DTYPES = {torch.int32: _C.I32, torch.int64: _C.I64}
 ACTIVATIONS = {"float": 0, "int8": 1}
 ID_POLICIES = {"error": 0, "zero": 1, "clamp": 2}
+BAG_MODES = {"sum": 0, "mean": 1}
 LINE_BYTES = 64
 
 
@@ -37,8 +39,14 @@ def normalise_group_size(group_size: int, cols: int) -> int:
     return group_size
 
 
-def empty_codes(rows: int, lines: int) -> torch.Tensor:
-    """Zeroed uint8 [rows, lines, 64] on the CPU, 64-byte aligned and on huge pages where the system gives them."""
+def largest_code(format: str) -> int:
+    return 2 if format == "trit" else (1 << FORMATS[format]) - 1
+
+
+def empty_codes(rows: int, lines: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Zeroed uint8 [rows, lines, 64], 64-byte aligned; on the CPU on huge pages where the system gives them."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(rows, lines, LINE_BYTES, dtype=torch.uint8, device=device)
     size = rows * lines * LINE_BYTES
     return torch.frombuffer(_C.Buffer(size), dtype=torch.uint8, count=size).view(rows, lines, LINE_BYTES)
 
@@ -78,10 +86,11 @@ def matrix_view(codes, scales, zeros, perm, layout: Layout) -> _C.Matrix:
         )
     if scales.ndim != 2:
         raise ValueError(f"scales: expected 2 dimensions, got {scales.ndim}")
+    device = device_index(codes, "codes")
     for name, tensor in (("codes", codes), ("scales", scales), ("zeros", zeros), ("perm", perm)):
         if tensor is None:
             continue
-        require_cpu(tensor, name)
+        require_device(tensor, name, device)
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
@@ -103,7 +112,16 @@ def matrix_view(codes, scales, zeros, perm, layout: Layout) -> _C.Matrix:
         scale_cols=scales.shape[1],
         zeros=0 if zeros is None else zeros.data_ptr(),
         perm=0 if perm is None else perm.data_ptr(),
+        device=device,
     )
+
+
+def check_matrix(view: _C.Matrix, codes, scales, zeros, perm, layout: Layout, values: bool) -> None:
+    """Raises ValueError unless shapes and (with `values`) scales, zeros, perm and ternary bytes are those of a matrix.
+    On a GPU the values are waited for."""
+    view.check(values)
+    if values and view.device >= 0:
+        cuda.check(view, codes, scales, zeros, perm, largest_code(layout.format))
 
 
 def check_operands(x: Tensor, bias: Tensor | None, rows: int, cols: int) -> None:
@@ -118,50 +136,177 @@ def check_operands(x: Tensor, bias: Tensor | None, rows: int, cols: int) -> None
 
 def matmul(view: _C.Matrix, x: Tensor, bias: Tensor | None, activations: str) -> Tensor:
     """x [..., cols] -> [..., rows], in x's dtype."""
-    rows, cols = view.rows, view.cols
+    rows, cols, device = view.rows, view.cols, view.device
     check_operands(x, bias, rows, cols)
-    require_cpu(x, "x")
-    x = x if x.is_contiguous() else x.contiguous()
-    # Made in its final shape: a view could not be changed in place under autograd, as residual additions do.
-    y = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
+    require_device(x, "x", device)
     bias_address, bias_dtype = 0, 0
     if bias is not None:
+        require_device(bias, "bias", device)
         bias = bias.contiguous()
         bias_address, bias_dtype = bias.data_ptr(), lookup(FLOAT_DTYPES, bias.dtype, "bias dtype")
     mode = lookup(ACTIVATIONS, activations, "activations")
+    # Made in its final shape: a view could not be changed in place under autograd, as residual additions do.
+    y = x.new_empty((*x.shape[:-1], rows))
+    if device >= 0:
+        cuda.matmul(view, _rows_apart(x), FLOAT_DTYPES[x.dtype], bias, bias_dtype, y.view(-1, rows), mode)
+        return y
+    x = x if x.is_contiguous() else x.contiguous()
     view.matmul(
         x.data_ptr(), FLOAT_DTYPES[x.dtype], x.numel() // cols, cols, bias_address, bias_dtype, y.data_ptr(), rows, mode
     )
     return y
 
 
-def gather(view: _C.Matrix, ids: Tensor, dtype: torch.dtype, policy: str, out: Tensor | None = None) -> Tensor:
-    """ids [...] int32 or int64 -> rows [..., cols] in `dtype`, or into `out`, contiguous and of that shape."""
-    require_cpu(ids, "ids")
-    ids = ids if ids.is_contiguous() else ids.contiguous()
-    id_dtype = lookup(ID_DTYPES, ids.dtype, "ids dtype")
+def _rows_apart(x: Tensor) -> Tensor:
+    """x [..., cols] as [tokens, cols] with contiguous rows that do not overlap: a view where there is one."""
+    cols = x.shape[-1]
+    x = x.reshape(-1, cols)
+    return x if x.stride(1) == 1 and x.stride(0) >= cols else x.contiguous()
+
+
+def gather(
+    view: _C.Matrix,
+    ids: Tensor,
+    dtype: torch.dtype,
+    policy: str,
+    padding_id: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """ids [...] int32 or int64 -> rows [..., cols] in `dtype`, or into `out`, contiguous and of that shape; zeros where
+    an id is padding_id."""
+    ids, id_dtype, policy_code, padding = _ids(view, ids, policy, padding_id)
     if out is None:
-        out = torch.empty((*ids.shape, view.cols), dtype=dtype)
+        lookup(FLOAT_DTYPES, dtype, "dtype")
+        out = ids.new_empty((*ids.shape, view.cols), dtype=dtype)
     elif list(out.shape) != [*ids.shape, view.cols] or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous {[*ids.shape, view.cols]}, got {list(out.shape)} {out.stride()}")
+    else:
+        require_device(out, "out", view.device)
     out_dtype = lookup(FLOAT_DTYPES, out.dtype, "dtype")
-    policy_code = lookup(ID_POLICIES, policy, "policy")
+    if view.device >= 0:
+        cuda.gather(view, ids, id_dtype, policy_code, padding, out, out_dtype)
+        return out
     view.gather(ids.data_ptr(), id_dtype, ids.numel(), policy_code, out.data_ptr(), out_dtype, view.cols)
-    return out
+    return out if padding_id is None else out.masked_fill_((ids == padding_id)[..., None], 0)
+
+
+def gather_bags(
+    view: _C.Matrix,
+    ids: Tensor,
+    offsets: Tensor,
+    dtype: torch.dtype,
+    mode: str,
+    policy: str,
+    padding_id: int | None,
+) -> Tensor:
+    """ids [count], offsets int64 [bags + 1] -> sums or means [bags, cols] in `dtype`, summed in float32 in order."""
+    ids, id_dtype, policy_code, padding = _ids(view, ids, policy, padding_id)
+    mean = lookup(BAG_MODES, mode, "mode") == 1
+    out_dtype = lookup(FLOAT_DTYPES, dtype, "dtype")
+    require_device(offsets, "offsets", view.device)
+    if ids.ndim != 1:
+        raise ValueError(f"ids: expected 1 dimension, got {ids.ndim}")
+    if offsets.dtype != torch.int64 or offsets.ndim != 1 or len(offsets) == 0:
+        raise ValueError(f"offsets: expected torch.int64 [bags + 1], got {offsets.dtype} {list(offsets.shape)}")
+    if view.device >= 0:
+        out = ids.new_empty((len(offsets) - 1, view.cols), dtype=dtype)
+        cuda.gather_bags(view, ids, id_dtype, offsets.contiguous(), mean, policy_code, padding, out, out_dtype)
+        return out
+    return _bags(view, ids, offsets, mean, policy, padding).to(dtype)
+
+
+def _bags(view: _C.Matrix, ids: Tensor, offsets: Tensor, mean: bool, policy: str, padding: int) -> Tensor:
+    """The bags on the CPU, float32: index_add_ adds rows one after another."""
+    edges, bags = offsets.clamp(0, len(ids)), len(offsets) - 1
+    bag = torch.repeat_interleave(edges.diff().clamp(min=0))
+    first = int(edges[0])
+    ids = ids[first : first + len(bag)]
+    counted = ids != padding if padding >= 0 else torch.ones(len(ids), dtype=torch.bool)
+    outside = ((ids < 0) | (ids >= view.rows)).nonzero()
+    if policy == "error" and len(outside):
+        place = int(outside[0])
+        raise IndexError(f"ids[{first + place}]: expected a row in [0, {view.rows}), got {int(ids[place])}")
+    ids, bag = ids[counted], bag[counted]
+    out = torch.zeros(bags, view.cols)
+    step = max(1, (1 << 22) // view.cols)
+    for begin in range(0, len(ids), step):
+        part = slice(begin, begin + step)
+        out.index_add_(0, bag[part], gather(view, ids[part], torch.float32, policy))
+    return out / bag.bincount(minlength=bags).clamp(min=1)[:, None] if mean else out
+
+
+def _ids(view: _C.Matrix, ids: Tensor, policy: str, padding_id: int | None) -> tuple[Tensor, int, int, int]:
+    """What every gather checks: contiguous ids, their dtype's number, the policy's, and the padding id (-1: none)."""
+    require_device(ids, "ids", view.device)
+    if padding_id is not None and not 0 <= padding_id < view.rows:
+        raise ValueError(f"padding_id: expected a row in [0, {view.rows}) or None, got {padding_id}")
+    ids = ids if ids.is_contiguous() else ids.contiguous()
+    padding = -1 if padding_id is None else padding_id
+    return ids, lookup(ID_DTYPES, ids.dtype, "ids dtype"), lookup(ID_POLICIES, policy, "policy"), padding
 
 
 def unpack(view: _C.Matrix, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """Rows [begin, end) as dense [end - begin, cols]."""
-    out = torch.empty(end - begin, view.cols, dtype=dtype)
-    view.unpack(begin, end, out.data_ptr(), lookup(FLOAT_DTYPES, dtype, "dtype"), view.cols)
+    number = lookup(FLOAT_DTYPES, dtype, "dtype")
+    out = torch.empty(end - begin, view.cols, dtype=dtype, device=_torch_device(view.device))
+    if view.device >= 0:
+        cuda.unpack(view, begin, end, out, number)
+    else:
+        view.unpack(begin, end, out.data_ptr(), number, view.cols)
     return out
 
 
-def require_cpu(tensor: Tensor, name: str) -> None:
-    if not tensor.is_cpu:
-        raise NotImplementedError(
-            f"{name}: expected a CPU tensor (this build has no CUDA library), got {tensor.device}"
-        )
+def unpack_codes(view: _C.Matrix, begin: int, end: int) -> Tensor:
+    """Codes of rows [begin, end), uint8 [end - begin, cols]."""
+    out = torch.empty(end - begin, view.cols, dtype=torch.uint8, device=_torch_device(view.device))
+    if view.device >= 0:
+        cuda.unpack_codes(view, begin, end, out)
+    else:
+        view.unpack_codes(begin, end, out.data_ptr())
+    return out
+
+
+def pack_codes(view: _C.Matrix, codes: Tensor, lines: Tensor, format: str) -> None:
+    """Contiguous codes uint8 [rows, cols] into lines. IndexError: a code that the format lacks."""
+    require_device(codes, "codes", view.device)
+    if view.device >= 0:
+        cuda.pack_codes(view, codes, lines, largest_code(format))
+    else:
+        view.pack_codes(codes.data_ptr(), lines.data_ptr())
+
+
+def gptq_solve(options: dict[str, int], tensors: dict[str, Tensor | None]) -> None:
+    """The column solver where its tensors are: weight, factor, group_index, codes, scales, zeros, loss (lowbit.h). On a
+    GPU their numbers are the caller's to check."""
+    device = device_index(tensors["weight"], "weight")
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            require_device(tensor, name, device)
+    addresses = {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
+    if device >= 0:
+        cuda.gptq_solve(device, options, addresses)
+    else:
+        _C.gptq_solve(**options, **addresses)
+
+
+def device_index(tensor: Tensor, name: str) -> int:
+    """-1 for a tensor on the CPU, the index of its GPU for one on a GPU. NotImplementedError: it lies elsewhere."""
+    if tensor.is_cpu:
+        return -1
+    if tensor.is_cuda:
+        return tensor.get_device()
+    raise NotImplementedError(f"{name}: expected a tensor on the CPU or on an NVIDIA GPU, got {tensor.device}")
+
+
+def require_device(tensor: Tensor, name: str, device: int) -> None:
+    """Raises ValueError unless a tensor lies where the matrix does."""
+    if device_index(tensor, name) != device:
+        expected = "cpu" if device < 0 else f"cuda:{device}"
+        raise ValueError(f"{name}: expected a tensor on {expected}, where the matrix is, got {tensor.device}")
+
+
+def _torch_device(device: int) -> torch.device | None:
+    return None if device < 0 else cuda.torch_device(device)
 
 
 # A torch without this query takes the operator's path every time, which is right and slower.

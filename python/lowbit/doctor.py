@@ -5,7 +5,6 @@ Reads and asks only; nothing is changed, and a part that is missing is reported 
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -40,7 +39,7 @@ def examine() -> dict[str, Any]:
         "native": _native(),
         "openmp": openmp_runtimes(Path("/proc/self/maps")),
         "huge_pages": _huge_pages(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
-        "gpu": gpu(Path(__file__).parent / "lib"),
+        "gpu": gpu(),
     }
     facts["warnings"] = _warnings(facts)
     return facts
@@ -151,35 +150,22 @@ def _cpu_model() -> str:
     return match[1] if match else platform.machine()
 
 
-def gpu(library_folder: Path) -> dict[str, Any]:
-    """{"library": built, "devices": [names], "usable", "state": one sentence}, from the NVIDIA driver."""
-    built = (library_folder / "liblowbit_cuda.so").is_file()
-    devices, problem = _cuda_devices()
-    if problem:
-        state = problem if built else f"{problem}; CUDA library not built"
-    else:
-        state = ", ".join(devices) + (": ready" if built else " found, but CUDA library not built")
-    return {"library": built, "devices": devices, "usable": built and bool(devices), "state": state}
-
-
-def _cuda_devices() -> tuple[list[str], str | None]:
-    """Names of the devices of the CUDA driver, and what is wrong when there are none."""
+def gpu() -> dict[str, Any]:
+    """{"built_for": architectures of the CUDA library or "", "devices": [lowbit_cuda_device as a dict], "usable",
+    "state": one sentence, what there is or why nothing can be used}."""
+    facts: dict[str, Any] = {"built_for": "", "devices": [], "usable": False}
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return [], "no NVIDIA driver (libcuda.so.1 not found)"
-    status = driver.cuInit(0)
-    if status == 100:  # CUDA_ERROR_NO_DEVICE
-        return [], "NVIDIA driver without a device"
-    if status != 0:
-        return [], f"NVIDIA driver does not start (cuInit: error {status})"
-    count, names = ctypes.c_int(), []
-    driver.cuDeviceGetCount(ctypes.byref(count))
-    for index in range(count.value):
-        name = ctypes.create_string_buffer(256)
-        driver.cuDeviceGetName(name, len(name), index)
-        names.append(name.value.decode(errors="replace"))
-    return names, None if names else "NVIDIA driver without a device"
+        import torch  # noqa: F401  before _C, see above
+
+        from lowbit import _C
+
+        facts["built_for"] = _C.cuda_architectures()
+        for index in range(_C.cuda_device_count()):
+            facts["devices"].append(_C.cuda_describe(index))
+    except (ImportError, NotImplementedError) as error:
+        return facts | {"state": str(error).partition("\n")[0]}
+    named = [f"{d['name']}, sm_{d['arch']}, {d['multiprocessors']} multiprocessors" for d in facts["devices"]]
+    return facts | {"usable": True, "state": f"{'; '.join(named)}; built for {facts['built_for']}"}
 
 
 def _warnings(facts: dict[str, Any]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from lowbit import _C, abi
@@ -16,7 +18,6 @@ from lowbit.abi import (
     lookup,
     matrix_view,
     normalise_group_size,
-    require_cpu,
 )
 from lowbit.ternary import weight_quant
 
@@ -35,7 +36,10 @@ class PackedMatrix:
         rows, cols: out_features (or vocabulary) and in_features.
         group_size: columns that share a scale, a multiple of 16 or `cols`.
 
-    Raises ValueError or TypeError when shapes, dtypes or (with `validate`) values are not those of a matrix.
+    The tensors lie on the CPU or on one NVIDIA GPU, and so do the operands and results of every verb. On a GPU work is
+    queued on torch's current stream; `validate` waits for it.
+
+    Raises ValueError or TypeError when shapes, dtypes, devices or (with `validate`) values are not those of a matrix.
     """
 
     def __init__(self, codes, scales, zeros=None, perm=None, *, format, cols, group_size=-1, validate=True):
@@ -45,7 +49,7 @@ class PackedMatrix:
         self.layout = Layout(format, cols, normalise_group_size(int(group_size), cols))
         self._tensors = (codes, scales, zeros, perm)
         self._matrix = matrix_view(*self._tensors, self.layout)
-        self._matrix.check(validate)
+        abi.check_matrix(self._matrix, *self._tensors, self.layout, bool(validate))
 
     # -- pack ----------------------------------------------------------------------------------------------------
 
@@ -70,6 +74,7 @@ class PackedMatrix:
         Scales are rounded to scale_dtype before codes are chosen.
         per_tensor: one scale for the whole matrix; "trit" with group_size -1 only. Trits and scale are those that
         models are trained with (`lowbit.ternary.weight_quant`, in float32); only then is the scale rounded.
+        A weight on a GPU is packed there, into the same bits; the call then waits for its check.
         Raises ValueError on non-finite weights.
         """
         weight = as_tensor(weight, "weight")
@@ -84,24 +89,58 @@ class PackedMatrix:
         group_size = normalise_group_size(int(group_size), cols)
         weight = weight if weight.stride(1) == 1 and weight.stride(0) >= cols else weight.contiguous()
         groups = -(-cols // group_size)
-        codes = empty_codes(rows, _C.row_lines(bits, cols))
-        scales = torch.empty(rows, groups, dtype=scale_dtype)
-        zeros = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8)
+        src_dtype = lookup(FLOAT_DTYPES, weight.dtype, "weight dtype")
+        scale_number = lookup(SCALE_DTYPES, scale_dtype, "scale_dtype")
+        codes = empty_codes(rows, _C.row_lines(bits, cols), weight.device)
+        scales = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
+        zeros = None if symmetric else torch.empty(rows, groups, dtype=torch.uint8, device=weight.device)
+        packed = cls(codes, scales, zeros, format=format, cols=cols, group_size=group_size, validate=False)
+        if packed._view.device >= 0:
+            require_finite(weight, "weight")
+            packed._round(weight, scale_number, bool(clip))
+            return packed
         _C.pack_float(
             format=bits,
             rows=rows,
             cols=cols,
             group_size=group_size,
             src=weight.data_ptr(),
-            src_dtype=lookup(FLOAT_DTYPES, weight.dtype, "weight dtype"),
+            src_dtype=src_dtype,
             src_stride=weight.stride(0) if rows > 1 else cols,
-            scale_dtype=lookup(SCALE_DTYPES, scale_dtype, "scale_dtype"),
+            scale_dtype=scale_number,
             clip=bool(clip),
             codes=codes.data_ptr(),
             scales=scales.data_ptr(),
             zeros=0 if zeros is None else zeros.data_ptr(),
         )
-        return cls(codes, scales, zeros, format=format, cols=cols, group_size=group_size, validate=False)
+        return packed
+
+    def _round(self, weight, scale_dtype, clip):
+        """Fills a matrix on a GPU with weight [rows, cols], finite, rounded to nearest: the column solver without
+        errors to push on, some rows at a time."""
+        rows = max(1, (1 << 26) // self.cols)
+        for begin in range(0, self.rows, rows):
+            part = slice(begin, begin + rows)
+            block = weight[part].float().contiguous()
+            codes = torch.empty(block.shape, dtype=torch.uint8, device=block.device)
+            scales = torch.empty(self.scales[part].shape, device=block.device)
+            zeros = None if self.zeros is None else self.zeros[part]
+            options = {
+                "format": format_bits(self.format),
+                "rows": len(block),
+                "cols": self.cols,
+                "group_size": self.group_size,
+                "symmetric": zeros is None,
+                "clip": clip,
+                "static_grids": False,
+                "scale_dtype": scale_dtype,
+                "block_size": 0,
+            }
+            tensors = {"weight": block, "factor": None, "group_index": None, "codes": codes, "scales": scales}
+            abi.gptq_solve(options, {**tensors, "zeros": zeros, "loss": None})
+            self.scales[part] = scales  # exact: they were rounded to this dtype before codes were chosen
+            lines = self.codes[part]
+            abi.pack_codes(matrix_view(lines, self.scales[part], zeros, None, self.layout), codes, lines, self.format)
 
     @classmethod
     def _from_float_per_tensor(cls, weight, scale_dtype):
@@ -123,12 +162,12 @@ class PackedMatrix:
             raise TypeError(f"codes: expected dtype torch.uint8, got {codes.dtype}")
         codes = codes.contiguous()
         bits, rows, cols = format_bits(format), *matrix_shape(codes, "codes")
-        lines = empty_codes(rows, _C.row_lines(bits, cols))
+        lines = empty_codes(rows, _C.row_lines(bits, cols), codes.device)
         scales = as_tensor(scales, "scales").contiguous()
         zeros = None if zeros is None else as_tensor(zeros, "zeros").contiguous()
         perm = None if perm is None else as_tensor(perm, "perm").contiguous()
         packed = cls(lines, scales, zeros, perm, format=format, cols=cols, group_size=group_size)
-        packed._view.pack_codes(codes.data_ptr(), lines.data_ptr())
+        abi.pack_codes(packed._view, codes, lines, format)
         return packed
 
     @classmethod
@@ -138,8 +177,12 @@ class PackedMatrix:
         qweight int32 [cols*bits/32, rows], qzeros int32 [groups, rows*bits/32], scales float [groups, rows], g_idx
         int32 [cols] or None; version 1 stores zero - 1, version 2 the zero. A plain g_idx needs no permutation;
         act-order's becomes `perm`, provided each group has exactly group_size columns. Raises ValueError for shapes or
-        values that do not fit, and for a v1 zero word that writers disagree about.
+        values that do not fit, and for a v1 zero word that writers disagree about. Tensors on a GPU are read on the
+        CPU, and the matrix then moves to where qweight is.
         """
+        device = qweight.device
+        qweight, qzeros, scales = qweight.cpu(), qzeros.cpu(), scales.cpu()
+        g_idx = None if g_idx is None else g_idx.cpu()
         format = f"int{bits}"
         format_bits(format)
         for name, tensor in (("qweight", qweight), ("qzeros", qzeros)):
@@ -166,19 +209,23 @@ class PackedMatrix:
         perm = None if g_idx is None else perm_from_g_idx(g_idx, cols, group_size)
         codes = codes if perm is None else codes[:, perm.long()]
         zeros = None if bool((zeros == 1 << (bits - 1)).all()) else zeros
-        return cls.from_codes(codes, scales.t(), zeros, perm, format=format, group_size=group_size)
+        packed = cls.from_codes(codes, scales.t(), zeros, perm, format=format, group_size=group_size)
+        return packed.to(device)
 
     def to_gptq(self, version=2) -> dict[str, torch.Tensor]:
         """The tensors qweight, qzeros, scales and g_idx of a GPTQ checkpoint. Codes and scales are kept exactly.
 
-        Scales of one a row or one a tensor are expanded. Raises ValueError where the format cannot hold the matrix:
-        rows or cols that are not multiples of 32, a zero point of 0 in version 1.
+        Scales of one a row or one a tensor are expanded. The tensors lie on the CPU, also those of a matrix on a GPU.
+        Raises ValueError where the format cannot hold the matrix: rows or cols that are not multiples of 32, a zero
+        point of 0 in version 1.
         """
         for name, size in (("in_features", self.cols), ("out_features", self.rows)):
             if size % 32:
                 raise ValueError(f"{name}: expected a multiple of 32 in a GPTQ checkpoint, got {size}")
         if self.format == "trit":
             raise ValueError('format: expected integer codes in a GPTQ checkpoint, got trit; repack("int2") has them')
+        if self._view.device >= 0:
+            return self.cpu().to_gptq(version)
         groups = -(-self.cols // self.group_size)
         codes = self.unpack_codes()
         g_idx = torch.arange(self.cols, dtype=torch.int32) // self.group_size
@@ -212,7 +259,7 @@ class PackedMatrix:
             )
         codes = self.unpack_codes()
         if format == "int2":
-            zeros = torch.ones(self.scales.shape, dtype=torch.uint8)
+            zeros = torch.ones(self.scales.shape, dtype=torch.uint8, device=self.device)
             return type(self).from_codes(
                 codes, self.scales, zeros, self.perm, format=format, group_size=self.group_size
             )
@@ -230,10 +277,7 @@ class PackedMatrix:
 
     def unpack_codes(self, rows: slice | None = None) -> torch.Tensor:
         """uint8 [rows, cols], one code a byte, in packed column order."""
-        begin, end = row_range(rows, self.rows)
-        out = torch.empty(end - begin, self.cols, dtype=torch.uint8)
-        self._view.unpack_codes(begin, end, out.data_ptr())
-        return out
+        return abi.unpack_codes(self._view, *row_range(rows, self.rows))
 
     # -- matmul and gather ---------------------------------------------------------------------------------------
 
@@ -241,8 +285,9 @@ class PackedMatrix:
         """x @ W.T + bias: x [..., cols] float32, float16 or bfloat16 -> [..., rows] of x's dtype.
 
         activations "float" represents x as 16-bit fixed point per group (docs/numerics.md), "int8" as 8-bit.
-        The result does not depend on threads, instruction set or batch size. Anything that speaks DLPack is taken; a
-        NumPy array comes back as one.
+        The result does not depend on threads, instruction set or batch size; what of this holds on a GPU, and how to
+        have all of it, is told at `lowbit.cuda.batch_invariant`. Anything that speaks DLPack is taken; a NumPy array
+        comes back as one. Raises ValueError for operands that do not lie where the matrix does.
         """
         tensor = x if isinstance(x, torch.Tensor) else as_tensor(x, "x")
         bias = bias if bias is None or isinstance(bias, torch.Tensor) else as_tensor(bias, "bias")
@@ -255,19 +300,74 @@ class PackedMatrix:
             )
         return y.numpy() if type(x).__module__ == "numpy" else y
 
-    def gather(self, ids, dtype=torch.float32, policy="error", out=None):
+    def gather(self, ids, dtype=torch.float32, policy="error", out=None, *, padding_id=None):
         """Rows of W: ids int32 or int64 of any shape -> [*ids.shape, cols] in `dtype`, or into `out` of that shape.
 
         policy: what an id outside [0, rows) does: "error" raises IndexError, "zero" gives zeros, "clamp" the nearest
-        row.
+        row. On a GPU "error" waits for the result; while a CUDA graph is captured nothing can wait, and it is "zero".
+        padding_id: a row that comes out as zeros.
         """
         ids = as_tensor(ids, "ids")
         if out is not None or abi.runs_eagerly(ids):
-            return abi.gather(self._view, ids, dtype, policy, out)
+            return abi.gather(self._view, ids, dtype, policy, padding_id, out)
         layout = self.layout
         return torch.ops.lowbit.gather(
-            ids, *self._tensors, layout.format, layout.cols, layout.group_size, dtype, policy
+            ids, *self._tensors, layout.format, layout.cols, layout.group_size, dtype, policy, padding_id
         )
+
+    def gather_bags(self, ids, offsets, mode="sum", dtype=torch.float32, policy="error", *, padding_id=None):
+        """Sums or means of rows, as nn.EmbeddingBag makes them: ids int32 or int64 [count], offsets int64 [bags + 1],
+        not decreasing -> [bags, cols] in `dtype`; bag b is ids[offsets[b]:offsets[b + 1]].
+
+        mode: "sum" or "mean". Rows are summed in float32 in their order. padding_id: an id that is left out, of the
+        count of a mean too. An empty bag is zeros; what lies outside of ids is cut off. policy: as in `gather`.
+        """
+        ids, offsets = as_tensor(ids, "ids"), as_tensor(offsets, "offsets")
+        if abi.runs_eagerly(ids):
+            return abi.gather_bags(self._view, ids, offsets, dtype, mode, policy, padding_id)
+        layout = self.layout
+        return torch.ops.lowbit.gather_bags(
+            ids,
+            offsets,
+            *self._tensors,
+            layout.format,
+            layout.cols,
+            layout.group_size,
+            dtype,
+            mode,
+            policy,
+            padding_id,
+        )
+
+    # -- where it is ---------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def to(self, device, non_blocking=False) -> PackedMatrix:
+        """The matrix on another device; itself where it is there already. non_blocking: as in Tensor.to."""
+
+        def moved(tensor):
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        if torch.device(device).type == "cpu" and not self.codes.is_cpu:
+            codes = empty_codes(*self.codes.shape[:2]).copy_(self.codes)  # on huge pages
+        else:
+            codes = moved(self.codes)
+        tensors = (codes, *map(moved, self._tensors[1:]))
+        if all(map(operator.is_, tensors, self._tensors)):
+            return self
+        layout = self.layout
+        options = {"format": layout.format, "cols": layout.cols, "group_size": layout.group_size}
+        return type(self)(*tensors, **options, validate=False)
+
+    def cuda(self, device=None, non_blocking=False) -> PackedMatrix:
+        """The matrix on an NVIDIA GPU: the one of that index, or the current one."""
+        return self.to(torch.device("cuda", torch.cuda.current_device() if device is None else device), non_blocking)
+
+    def cpu(self) -> PackedMatrix:
+        return self.to("cpu")
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -333,12 +433,12 @@ class PackedMatrix:
         return 8 * self.nbytes / (self.rows * self.cols)
 
     def equal(self, other: PackedMatrix) -> bool:
-        """Whether every byte of both is the same: layout, codes, scales, zeros and perm."""
+        """Whether every byte of both is the same, wherever they are: layout, codes, scales, zeros and perm."""
         mine, theirs = self.tensors, other.tensors
         return (
             self.layout == other.layout
             and mine.keys() == theirs.keys()
-            and all(mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k]) for k in mine)
+            and all(mine[k].dtype == theirs[k].dtype and torch.equal(mine[k], theirs[k].to(self.device)) for k in mine)
         )
 
     def __repr__(self) -> str:
@@ -357,12 +457,11 @@ class PackedMatrix:
 
 
 def as_tensor(array, name: str) -> torch.Tensor:
-    """A torch tensor over the same memory as anything that speaks DLPack (NumPy, JAX, CuPy arrays), on the CPU."""
+    """A torch tensor over the same memory as anything that speaks DLPack (NumPy, JAX, CuPy arrays)."""
     if not isinstance(array, torch.Tensor):
         if not hasattr(array, "__dlpack__"):
             raise TypeError(f"{name}: expected a tensor or an array that speaks DLPack, got {type(array).__name__}")
         array = torch.from_dlpack(array)
-    require_cpu(array, name)
     return array.detach()
 
 

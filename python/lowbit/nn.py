@@ -9,6 +9,8 @@ tensors: one allocation.
 from __future__ import annotations
 
 import operator
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -81,12 +83,13 @@ class PackedModule(nn.Module):
         return tuple(buffers[name] for name in ("weight", *_SIDE_TENSORS))
 
     def _apply(self, fn, recurse=True):
-        # A cast (half(), to(bfloat16)) is meant for activations and float weights: packed scales move with the module
-        # but keep the values that their codes were chosen for.
-        scale = self.weight_scale
-        super()._apply(fn, recurse)
-        if scale is not None and self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        packed = self._weight_tensors() if self.layout is not None else ()
+
+        def once(tensor: Tensor) -> Tensor:
+            return _moved_once(fn, tensor) if any(tensor is part for part in packed) else fn(tensor)
+
+        super()._apply(once, recurse)
+        self._held = None  # or it would keep the tensors that were left behind
         return self
 
     def _clear(self) -> None:
@@ -106,6 +109,32 @@ class PackedModule(nn.Module):
         if self.layout is not None:
             return f"{self.layout.format}, group_size={self.layout.group_size}"
         return "unloaded" if self.weight is None else str(self.weight.dtype)
+
+
+# What a function made of the tensors of packed weights, for as long as both live: {function: {id: (tensor, version of
+# its contents, result)}}.
+_moved: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _moved_once(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """fn(tensor), but one result for modules that share a tensor: to() and its like come to each of them by itself with
+    the same function, and a tied table would become two.
+
+    A cast (half(), to(bfloat16)) is meant for activations and float weights: packed tensors move with the module but
+    keep their dtypes, and scales so the values that codes were chosen for.
+    """
+    try:
+        known = _moved.setdefault(fn, {})
+    except TypeError:  # torch.Tensor.half and its like, to which there are no weak references
+        known = {}
+    version = None if tensor.is_inference() else tensor._version
+    source, then, result = known.get(id(tensor), (None, None, None))
+    moved = result() if source is not None and source() is tensor and then == version else None
+    if moved is None:
+        moved = fn(tensor)
+        moved = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        known[id(tensor)] = weakref.ref(tensor), version, weakref.ref(moved)
+    return moved
 
 
 class RMSNorm(nn.Module):
@@ -173,7 +202,8 @@ class Linear(PackedModule):
 class Embedding(PackedModule):
     """out = W[ids] in `dtype`, times `embed_scale` if there is one (Gemma); ids int32 or int64 of any shape.
 
-    An id outside [0, num_embeddings) raises IndexError. `padding_idx` is kept for those who ask the module for it.
+    An id outside [0, num_embeddings) raises IndexError on the CPU. On a GPU, where that would make every call wait, it
+    gives zeros, unless `checked`. `padding_idx` is kept for those who ask the module for it.
     """
 
     def __init__(
@@ -183,14 +213,17 @@ class Embedding(PackedModule):
         padding_idx: int | None = None,
         dtype: torch.dtype = torch.float32,
         embed_scale: float | None = None,
+        checked: bool = False,
     ):
         super().__init__(num_embeddings, embedding_dim)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.padding_idx, self.dtype, self.embed_scale = padding_idx, dtype, embed_scale
+        self.padding_idx, self.dtype, self.embed_scale, self.checked = padding_idx, dtype, embed_scale, checked
 
     @classmethod
-    def from_packed(cls, packed: PackedMatrix, padding_idx=None, dtype=torch.float32, embed_scale=None) -> Embedding:
-        module = cls(packed.rows, packed.cols, padding_idx, dtype, embed_scale)
+    def from_packed(
+        cls, packed: PackedMatrix, padding_idx=None, dtype=torch.float32, embed_scale=None, checked=False
+    ) -> Embedding:
+        module = cls(packed.rows, packed.cols, padding_idx, dtype, embed_scale, checked)
         module.load(packed)
         return module
 
@@ -204,13 +237,18 @@ class Embedding(PackedModule):
             self._require_weight()
             out = nn.functional.embedding(ids, self.weight, self.padding_idx)
         elif abi.runs_eagerly(ids):
-            out = abi.gather(self.packed._view, ids, self.dtype, "error")
+            view = self.packed._view
+            out = abi.gather(view, ids, self.dtype, self._policy(view.device))
         else:
+            policy = self._policy(abi.device_index(self.weight, "weight"))
             out = torch.ops.lowbit.gather(
-                ids, *self._weight_tensors(), layout.format, layout.cols, layout.group_size, self.dtype, "error"
+                ids, *self._weight_tensors(), layout.format, layout.cols, layout.group_size, self.dtype, policy
             )
         # The factor is rounded to the output dtype first, as models that scale their embeddings do.
         return out if self.embed_scale is None else out * torch.tensor(self.embed_scale, dtype=out.dtype)
+
+    def _policy(self, device: int) -> str:
+        return "error" if device < 0 or self.checked else "zero"
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._weight_repr()}"

@@ -1,7 +1,8 @@
-"""The verbs as torch operators: torch.ops.lowbit.matmul, gather and unpack.
+"""The verbs as torch operators: torch.ops.lowbit.matmul, gather, gather_bags and unpack.
 
 Registered with torch.library from Python: shapes for the compiler (fakes), gradients for LoRA, and calls into the C API
-over data pointers. Nothing is linked against torch, so no torch release can break it.
+over data pointers. Nothing is linked against torch, so no torch release can break it. One implementation serves CPU and
+CUDA tensors: abi.py goes where the matrix is.
 """
 
 from __future__ import annotations
@@ -16,11 +17,26 @@ _LAYOUT = "str format, int cols, int group_size"
 
 library = torch.library.Library("lowbit", "DEF")
 library.define(f"matmul(Tensor x, {_MATRIX}, Tensor? bias, {_LAYOUT}, str activations) -> Tensor")
-library.define(f"gather(Tensor ids, {_MATRIX}, {_LAYOUT}, ScalarType dtype, str policy) -> Tensor")
+library.define(
+    f"gather(Tensor ids, {_MATRIX}, {_LAYOUT}, ScalarType dtype, str policy, int? padding_id=None) -> Tensor"
+)
+library.define(
+    f"gather_bags(Tensor ids, Tensor offsets, {_MATRIX}, {_LAYOUT}, ScalarType dtype, str mode, str policy, "
+    "int? padding_id=None) -> Tensor"
+)
 library.define(f"unpack({_MATRIX}, {_LAYOUT}, ScalarType dtype) -> Tensor")
 
 
-@torch.library.impl(library, "matmul", "CPU")
+def _implements(name: str):
+    def register(function):
+        for key in ("CPU", "CUDA"):
+            library.impl(name, function, key)
+        return function
+
+    return register
+
+
+@_implements("matmul")
 def _matmul(x, codes, scales, zeros, perm, bias, format, cols, group_size, activations):
     view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
     return abi.matmul(view, x, bias, activations)
@@ -32,18 +48,31 @@ def _matmul_fake(x, codes, scales, zeros, perm, bias, format, cols, group_size, 
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@torch.library.impl(library, "gather", "CPU")
-def _gather(ids, codes, scales, zeros, perm, format, cols, group_size, dtype, policy):
+@_implements("gather")
+def _gather(ids, codes, scales, zeros, perm, format, cols, group_size, dtype, policy, padding_id=None):
     view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
-    return abi.gather(view, ids, dtype, policy)
+    return abi.gather(view, ids, dtype, policy, padding_id)
 
 
 @torch.library.register_fake("lowbit::gather", lib=library)
-def _gather_fake(ids, codes, scales, zeros, perm, format, cols, group_size, dtype, policy):
+def _gather_fake(ids, codes, scales, zeros, perm, format, cols, group_size, dtype, policy, padding_id=None):
     return codes.new_empty((*ids.shape, cols), dtype=dtype)
 
 
-@torch.library.impl(library, "unpack", "CPU")
+@_implements("gather_bags")
+def _bags(ids, offsets, codes, scales, zeros, perm, format, cols, group_size, dtype, mode, policy, padding_id=None):
+    view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
+    return abi.gather_bags(view, ids, offsets, dtype, mode, policy, padding_id)
+
+
+@torch.library.register_fake("lowbit::gather_bags", lib=library)
+def _bags_fake(
+    ids, offsets, codes, scales, zeros, perm, format, cols, group_size, dtype, mode, policy, padding_id=None
+):
+    return codes.new_empty((offsets.shape[0] - 1, cols), dtype=dtype)
+
+
+@_implements("unpack")
 def _unpack(codes, scales, zeros, perm, format, cols, group_size, dtype):
     view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
     return abi.unpack(view, 0, codes.shape[0], dtype)
@@ -76,9 +105,7 @@ def _matmul_backward(ctx, grad):
 torch.library.register_autograd("lowbit::matmul", _matmul_backward, setup_context=_matmul_setup, lib=library)
 
 # Gather and unpack read frozen integers: no input has a gradient.
-for _name in ("gather", "unpack"):
-    torch.library.register_autograd(
-        f"lowbit::{_name}", lambda ctx, grad, _n=_name: (None,) * (10 if _n == "gather" else 8), lib=library
-    )
+for _name, _inputs in (("gather", 11), ("gather_bags", 13), ("unpack", 8)):
+    torch.library.register_autograd(f"lowbit::{_name}", lambda ctx, grad, _count=_inputs: (None,) * _count, lib=library)
 
 __all__ = ["library"]

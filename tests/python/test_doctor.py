@@ -72,24 +72,32 @@ def test_summary():
     assert doctor.summary(facts) == "the native library cannot be used: ImportError: gone"
 
 
-NO_DRIVER = "no NVIDIA driver (libcuda.so.1 not found)"
-NOT_BUILT = "CUDA library not built"
+def fake_gpus(monkeypatch, count, describe):
+    monkeypatch.setattr(_C, "cuda_architectures", lambda: "80 90a")
+    monkeypatch.setattr(_C, "cuda_device_count", count)
+    monkeypatch.setattr(_C, "cuda_describe", describe)
 
 
-@pytest.mark.parametrize(
-    "found, built, state, usable",
-    [
-        (([], NO_DRIVER), False, f"{NO_DRIVER}; {NOT_BUILT}", False),
-        (([], "NVIDIA driver without a device"), True, "NVIDIA driver without a device", False),
-        ((["H200"], None), False, f"H200 found, but {NOT_BUILT}", False),
-        ((["H200", "H200"], None), True, "H200, H200: ready", True),
-    ],
-)
-def test_gpu_in_words(monkeypatch, tmp_path, found, built, state, usable):
-    monkeypatch.setattr(doctor, "_cuda_devices", lambda: found)
-    if built:
-        (tmp_path / "liblowbit_cuda.so").touch()
-    assert doctor.gpu(tmp_path) == {"library": built, "devices": found[0], "usable": usable, "state": state}
+def test_gpus_in_words(monkeypatch):
+    one = {"name": "H200", "arch": 90, "multiprocessors": 132}
+    fake_gpus(monkeypatch, lambda: 2, lambda index: one)
+    assert doctor.gpu() == {
+        "built_for": "80 90a",
+        "devices": [one, one],
+        "usable": True,
+        "state": "H200, sm_90, 132 multiprocessors; H200, sm_90, 132 multiprocessors; built for 80 90a",
+    }
+
+
+def test_a_gpu_that_cannot_be_used_in_words(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no usable GPU: no driver was found")
+
+    for count, describe in ((refuse, None), (lambda: 1, refuse)):
+        fake_gpus(monkeypatch, count, describe)
+        facts = doctor.gpu()
+        assert (facts["usable"], facts["devices"]) == (False, [])
+        assert facts["state"] == "no usable GPU: no driver was found"
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ GOOD = {"rows": 4, "cols": 64, "format": "int4", "group_size": 32}
         (
             {"codes": torch.zeros(4, 1, 64, dtype=torch.uint8, device="meta")},
             NotImplementedError,
-            "codes: expected a CPU",
+            "codes: expected a tensor on the CPU",
         ),
     ],
 )

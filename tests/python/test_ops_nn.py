@@ -29,6 +29,8 @@ def test_opcheck(zeros_perm):
     opcheck(
         torch.ops.lowbit.gather, (torch.tensor([[1, 2]]), *operands(packed), *layout(packed), torch.bfloat16, "error")
     )
+    bags = (torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]), *operands(packed), *layout(packed))
+    opcheck(torch.ops.lowbit.gather_bags, (*bags, torch.float16, "mean", "error", 3))
     opcheck(torch.ops.lowbit.unpack, (*operands(packed), *layout(packed), torch.float32))
 
 
@@ -78,6 +80,28 @@ def test_embedding_and_head_share_one_table():
     assert embedding.padding_idx == 0
     with pytest.raises(IndexError, match="ids"):
         embedding(torch.tensor([50]))
+
+
+def test_a_tied_table_stays_one_wherever_it_goes():
+    table = random_matrix(50, 64, "int4", 32, zeros=True, scale_dtype=torch.float32)
+    model = torch.nn.Sequential(Embedding.from_packed(table), Linear.from_packed(table, torch.randn(50)))
+    embedding, head = model
+    alone = Linear.from_packed(random_matrix(50, 64, "int4", 32))
+
+    def move(tensor):  # what to(device) does to every tensor, as far as one device goes
+        return tensor.clone()
+
+    for fn in (move, lambda tensor: tensor.clone().half() if tensor.is_floating_point() else tensor.clone(), move):
+        old = embedding.weight
+        model._apply(fn)
+        assert embedding.weight is head.weight is not old and embedding.weight_zero is head.weight_zero
+        assert embedding.weight_scale is head.weight_scale and head.weight_scale.dtype == torch.float32
+    assert embedding.packed.equal(table) and embedding.dtype == torch.float16
+    assert model._apply(torch.Tensor.float) is model and embedding.dtype == torch.float32
+    # What a function gave is not given again once the tensor has changed, or is another one.
+    table.codes[0] = 0
+    embedding.load(table), alone._apply(move), embedding._apply(move)
+    assert not embedding.weight[0].any() and embedding.weight is not alone.weight
 
 
 def test_embed_scale_rounds_like_the_model_does():

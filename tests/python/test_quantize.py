@@ -507,7 +507,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes(calibration, recip
 
 
 def test_a_model_elsewhere_is_refused():
-    with pytest.raises(NotImplementedError, match="expected all parameters on the CPU, got meta"):
+    with pytest.raises(NotImplementedError, match="expected all parameters on the CPU or on one GPU, got meta"):
         lowbit.quantize(build("llama").to("meta"), token_ids(4))
 
 

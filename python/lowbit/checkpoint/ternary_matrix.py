@@ -62,10 +62,11 @@ class TernaryMatrix:
     def from_packed(cls, packed: PackedMatrix) -> "TernaryMatrix":
         """The trits of a packed matrix in format "trit", or of "int2" with zero point 1 and codes up to 2.
 
-        Columns come in original order. Raises ValueError where the matrix is not ternary.
+        On the CPU, columns in original order. Raises ValueError where the matrix is not ternary.
         """
         if packed.perm is not None:
             raise ValueError("perm: expected a ternary matrix in its original column order, got a permutation")
+        packed = packed.cpu()
         codes = packed.repack("trit").unpack_codes()
         return cls(codes.view(torch.int8) - 1, packed.scales.float(), packed.group_size)
 

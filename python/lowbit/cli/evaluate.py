@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, TernaryOption, ThreadsOption
+from lowbit.cli.terminal import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    Terminal,
+    TernaryOption,
+    ThreadsOption,
+)
 
 
 def evaluate(
@@ -19,6 +27,7 @@ def evaluate(
     max_windows: Annotated[int, typer.Option(min=0, help="Stop after so many windows; 0: the whole text.")] = 0,
     dtype: DtypeOption = "auto",
     ternary: TernaryOption = "auto",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -39,8 +48,8 @@ def evaluate(
     texts, source = read_texts(text)
     torch_options.set_threads(threads)
     tokens = encode(torch_options.load_tokenizer(folder), texts)
-    loaded = torch_options.load_model(folder, dtype, ternary)
-    reference = torch_options.load_model(reference_folder, dtype) if reference_folder else None
+    loaded = torch_options.load_model(folder, dtype, ternary, device)
+    reference = torch_options.load_model(reference_folder, dtype, device=device) if reference_folder else None
     terminal.line("text", f"{source} · {len(tokens):,} tokens")
     figures = measure(terminal, loaded, tokens, reference, context, max_windows)
     if json:

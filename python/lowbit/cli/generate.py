@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, TernaryOption, ThreadsOption
+from lowbit.cli.terminal import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    Terminal,
+    TernaryOption,
+    ThreadsOption,
+)
 
 
 def generate(
@@ -19,6 +27,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers, when temperature is above 0.")] = 0,
     dtype: DtypeOption = "auto",
     ternary: TernaryOption = "auto",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -34,7 +43,7 @@ def generate(
     folder = torch_options.model_folder(model)
     torch_options.set_threads(threads)
     tokenizer = torch_options.load_tokenizer(folder)
-    loaded = torch_options.load_model(folder, dtype, ternary)
+    loaded = torch_options.load_model(folder, dtype, ternary, device)
     prompt = sys.stdin.read() if prompt == "-" else prompt
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():

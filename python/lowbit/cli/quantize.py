@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, ThreadsOption
+from lowbit.cli.terminal import DebugOption, DeviceOption, DtypeOption, JsonOption, Terminal, ThreadsOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,6 +102,7 @@ def quantize(
     force: ForceOption = False,
     report: ReportOption = True,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -149,6 +150,7 @@ def quantize(
         text=text,
         report=report,
         dtype=dtype,
+        device=device,
         threads=threads,
     )
 
@@ -201,6 +203,7 @@ def run(
     text: list[str] | None,
     report: bool,
     dtype: str,
+    device: str,
     threads: int,
     budget: Budget | None = None,
     formats: Sequence[str] = (),
@@ -219,7 +222,7 @@ def run(
     torch_options.set_threads(threads)
     terminal.line("doctor", doctor.summary(doctor.examine()))
 
-    loaded = torch_options.load_float_model(folder, dtype)
+    loaded = torch_options.load_float_model(folder, dtype, device)
     tokenizer = torch_options.load_tokenizer(folder) if calibrated or texts else None
     choice = None
     if budget is not None:
@@ -239,15 +242,15 @@ def run(
             max_windows=None if budget else samples or None,
             progress=_Shown(terminal, bar, format, source),
         )
-    lowbit.save(loaded, output, format=format, tokenizer=tokenizer)
+    lowbit.save(loaded.cpu(), output, format=format, tokenizer=tokenizer)
     evaluation = verified = None
     if choice is not None:
-        reference = torch_options.load_float_model(folder, dtype)
-        verified = sensitivity.verify(terminal, loaded, reference, held_out)
+        reference = torch_options.load_float_model(folder, dtype, device)
+        verified = sensitivity.verify(terminal, loaded.to(device), reference, held_out)
         del reference
     if texts:
         del loaded  # measured is what was written
-        evaluation = _evaluate(terminal, folder, output, tokenizer, texts, dtype)
+        evaluation = _evaluate(terminal, folder, output, tokenizer, texts, dtype, device)
     written = _report(model, output, result, source, evaluation)
     if choice is not None:
         written["budget"] = {"budget": str(budget), **choice.to_dict(), **verified}
@@ -290,13 +293,13 @@ def calibration_text(paths: list[str] | None) -> tuple[Any, str]:
 
 
 def _evaluate(
-    terminal: Terminal, folder: Path, output: Path, tokenizer: Any, texts: list[str], dtype: str
+    terminal: Terminal, folder: Path, output: Path, tokenizer: Any, texts: list[str], dtype: str, device: str
 ) -> dict[str, Any]:
     from lowbit.cli import evaluate, torch_options
     from lowbit.evaluate import encode
 
-    reference = torch_options.load_model(folder, dtype)
-    quantized = torch_options.load_model(output, dtype)
+    reference = torch_options.load_model(folder, dtype, device=device)
+    quantized = torch_options.load_model(output, dtype, device=device)
     return evaluate.measure(terminal, quantized, encode(tokenizer, texts), reference, context=0, max_windows=0)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowbit.cli.quantize import CalibrationOption, ContextOption, SamplesOption, TextOption, calibration_text
-from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, ThreadsOption
+from lowbit.cli.terminal import DebugOption, DeviceOption, DtypeOption, JsonOption, Terminal, ThreadsOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +57,7 @@ def sensitivity(
     context: ContextOption = 0,
     samples: SamplesOption = 0,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -84,7 +85,7 @@ def sensitivity(
     data, source = calibration_text(calibration)
     texts = read_texts(text) if text else []
     torch_options.set_threads(threads)
-    loaded = torch_options.load_float_model(folder, dtype)
+    loaded = torch_options.load_float_model(folder, dtype, device)
     tokenizer = torch_options.load_tokenizer(folder)
     calibrated, held_out = windows(loaded, data, tokenizer, context, samples)
     if texts:
@@ -108,7 +109,7 @@ def sensitivity(
         choice = choose(terminal, measured, wanted, recipe)
         with terminal.progress("blocks") as bar:
             lowbit.quantize(loaded, calibrated, choice.recipe, progress=_Steps(bar))
-        figures = verify(terminal, loaded, torch_options.load_float_model(folder, dtype), held_out)
+        figures = verify(terminal, loaded, torch_options.load_float_model(folder, dtype, device), held_out)
         report["choice"] = {"budget": str(wanted), **choice.to_dict(), **figures}
         _tell(terminal, model, choice, output)
     if plot is not None:

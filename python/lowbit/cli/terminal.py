@@ -19,6 +19,7 @@ from rich.console import Console
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else on stderr.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as this process may use.")]
+DeviceOption = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")]
 DtypeOption = Annotated[
     str,
     typer.Option(help="Type of activations and of unquantized weights: auto (as stored), float32, bfloat16, float16."),

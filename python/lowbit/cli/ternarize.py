@@ -25,7 +25,7 @@ from lowbit.cli.quantize import (
     run,
     width,
 )
-from lowbit.cli.terminal import DebugOption, DtypeOption, JsonOption, Terminal, ThreadsOption
+from lowbit.cli.terminal import DebugOption, DeviceOption, DtypeOption, JsonOption, Terminal, ThreadsOption
 
 if TYPE_CHECKING:
     from lowbit import Recipe
@@ -71,6 +71,7 @@ def ternarize(
     force: ForceOption = False,
     report: ReportOption = True,
     dtype: DtypeOption = "auto",
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -98,6 +99,7 @@ def ternarize(
         text=text,
         report=report,
         dtype=dtype,
+        device=device,
         threads=threads,
     )
 

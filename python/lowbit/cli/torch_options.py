@@ -45,27 +45,42 @@ def model_folder(name: str) -> Path:
     raise FileNotFoundError(f"{name}: no such model folder")
 
 
-def load_model(folder: Path, dtype: str = "auto", ternary: str = "auto") -> torch.nn.Module:
+def parse_device(name: str) -> torch.device:
+    """The device of that name. ValueError: not a CPU or an NVIDIA GPU; NotImplementedError: one that cannot be used."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda":
+        from lowbit.doctor import gpu
+
+        if not (facts := gpu())["usable"]:
+            raise NotImplementedError(f"device: {name} cannot be used: {facts['state']}")
+        if not torch.cuda.is_available():
+            raise NotImplementedError(f"device: {name} cannot be used: this torch ({torch.__version__}) finds no GPU")
+    return device
+
+
+def load_model(folder: Path, dtype: str = "auto", ternary: str = "auto", device: str = "cpu") -> torch.nn.Module:
     """The causal language model in a folder, packed or plain, ready to run. dtype "auto": as stored; ternary: see
-    lowbit.load."""
-    wanted = None if dtype == "auto" else parse_dtype(dtype)
+    lowbit.load; device: where it is to run."""
+    wanted, place = None if dtype == "auto" else parse_dtype(dtype), parse_device(device)
     _quiet_transformers()
     import lowbit
 
     model = lowbit.load(folder, ternary=ternary)
     if wanted is not None:
         _cast(model, wanted)
-    return model
+    return model.to(place)
 
 
-def load_float_model(folder: Path, dtype: str = "auto") -> torch.nn.Module:
+def load_float_model(folder: Path, dtype: str = "auto", device: str = "cpu") -> torch.nn.Module:
     """The same for a model to be quantized. ValueError: it is quantized already."""
     from lowbit.checkpoint import quantization_config
 
     described, where = quantization_config(folder)
     if described is not None:
         raise ValueError(f"{where}: expected a model that is not quantized, got {described.get('quant_method')!r}")
-    return load_model(folder, dtype)
+    return load_model(folder, dtype, device=device)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -32,12 +32,12 @@ class Drift:
         matrix: float32 [K, K], not symmetric; zeros before the first token.
     """
 
-    def __init__(self, cols: int):
+    def __init__(self, cols: int, device: torch.device | str = "cpu"):
         if cols < 1:
             raise ValueError(f"cols: expected at least 1, got {cols}")
         self.cols = cols
         self.tokens = 0
-        self._sum = torch.zeros(cols, cols)
+        self._sum = torch.zeros(cols, cols, device=device)
 
     @torch.no_grad()
     def add(self, original: Tensor, quantized: Tensor) -> None:
@@ -53,8 +53,8 @@ class Drift:
                 raise ValueError(f"inputs: expected a floating dtype, got {x.dtype}")
         original, quantized = (x.detach().reshape(-1, self.cols) for x in (original, quantized))
         for before, now in zip(original.split(TOKENS_AT_A_TIME), quantized.split(TOKENS_AT_A_TIME), strict=True):
-            now = now.to("cpu", torch.float32)
-            torch.addmm(self._sum, (before.to("cpu", torch.float32) - now).T, now, out=self._sum)
+            before, now = (x.to(self._sum.device, torch.float32) for x in (before, now))
+            torch.addmm(self._sum, (before - now).T, now, out=self._sum)
         self.tokens += len(quantized)
 
     @property
@@ -83,7 +83,7 @@ class LeastSquares:
             raise ValueError("hessian, drift: expected finite numbers that are not all zero")
         if weight.ndim != 2 or weight.shape[1] != len(self.drift):
             raise ValueError(f"weight: expected shape [N, {len(self.drift)}], got {list(weight.shape)}")
-        weight = weight.detach().to("cpu", torch.float64)
+        weight = weight.detach().to(self.drift.device, torch.float64)
         change = torch.cholesky_solve((weight @ self.drift).T, self.lower).T
         return (weight + change).float()
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lowbit import _C
-from lowbit.abi import SCALE_DTYPES, format_bits, lookup, normalise_group_size
+from lowbit.abi import SCALE_DTYPES, format_bits, gptq_solve, lookup, normalise_group_size
 from lowbit.matrix import PackedMatrix
 
 ORDERS = ("none", "act", "gar")
@@ -80,7 +80,8 @@ def prepare_factor(hessian: Tensor, *, damp: float = 0.01, order: str = "none", 
 
     A factorization that fails is repeated in float64, then with ten times the damping up to 1, then with every diagonal
     element raised to the sum of its row's absolute values (diagonally dominant, so positive definite).
-    A Hessian that is zero or not finite gives no factor. Raises ValueError for a wrong shape, dtype, order or damp.
+    A Hessian that is zero or not finite gives no factor. The factor is made where the Hessian is. Raises ValueError for
+    a wrong shape, dtype, order or damp.
     """
     _check_hessian(hessian)
     if order not in ORDERS:
@@ -89,7 +90,7 @@ def prepare_factor(hessian: Tensor, *, damp: float = 0.01, order: str = "none", 
         raise ValueError(f"damp: expected a finite number of at least 0, got {damp}")
     cols = len(hessian)
     group_size = normalise_group_size(cols if group_size > cols else group_size, cols)
-    hessian = hessian.detach().to("cpu", torch.float32)
+    hessian = hessian.detach().to(torch.float32)
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
 
@@ -140,7 +141,8 @@ def solve(
     factor: prepare_factor's result for this very Hessian, order, group_size and damp, to be shared by layers with
         the same input.
 
-    Weights of dead columns become zero. Raises ValueError for wrong shapes, dtypes, names and non-finite weights.
+    Weights of dead columns become zero. Everything happens, and the solution lies, where the weight is: on the CPU or
+    on a GPU. Raises ValueError for wrong shapes, dtypes, names and non-finite weights.
     """
     begin = time.perf_counter()
     bits = format_bits(format)
@@ -154,6 +156,7 @@ def solve(
     if grids not in GRIDS:
         raise ValueError(f"grids: expected one of {', '.join(GRIDS)}, got {grids!r}")
     group_size = normalise_group_size(cols if group_size > cols else group_size, cols)
+    hessian = hessian.detach().to(weight.device)
     if factor is None:
         factor = prepare_factor(hessian, damp=damp, order=order, group_size=group_size)
     elif (factor.order, factor.group_size, len(factor.dead)) != (order, group_size, cols):
@@ -161,6 +164,8 @@ def solve(
             f"factor: expected one for order {order!r}, group_size {group_size} and {cols} columns, got "
             f"{factor.order!r}, {factor.group_size} and {len(factor.dead)}"
         )
+    if factor.dead.device != weight.device:
+        raise ValueError(f"factor: expected one on {weight.device}, where the weight is, got {factor.dead.device}")
     grid = _Grid(bits, group_size, symmetric, clip, scale_dtype)
 
     live = weight.masked_fill(factor.dead, 0) if factor.dead.any() else weight
@@ -182,7 +187,7 @@ def solve(
             solved = _original_order(solved, perm, factor.group_order if grids == "updated" else None)
             perm = None
 
-    g_idx = torch.arange(cols)
+    g_idx = torch.arange(cols, device=weight.device)
     if perm is not None:
         g_idx = torch.empty_like(perm).scatter_(0, perm, g_idx)
         perm = perm.to(torch.int32)
@@ -207,7 +212,7 @@ def solve(
 def relative_output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """sqrt(tr(ΔW H ΔWᵀ) / tr(W H Wᵀ)) for weight and quantized [N, K], hessian [K, K]; 0 without error, inf when only
     the quantized weights have an output."""
-    hessian = hessian.detach().to("cpu", torch.float32)
+    hessian = hessian.detach().to(weight.device, torch.float32)
     error = output_energy(quantized.float() - weight.float(), hessian)
     energy = output_energy(weight.float(), hessian)
     if error == 0:
@@ -253,27 +258,33 @@ class _Grid:
         weight = weight.contiguous()
         rows, cols = weight.shape
         groups = -(-cols // self.group_size)
-        codes = torch.empty(rows, cols, dtype=torch.uint8)
-        scales = torch.empty(rows, groups) if fixed is None else fixed.scales.clone()
-        zeros = torch.empty(rows, groups, dtype=torch.uint8) if fixed is None else fixed.zeros.clone()
-        loss = torch.empty(rows, dtype=torch.float64)
-        _C.gptq_solve(
-            format=self.bits,
-            rows=rows,
-            cols=cols,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            clip=self.clip,
-            static_grids=fixed is not None,
-            scale_dtype=lookup(SCALE_DTYPES, self.scale_dtype, "scale_dtype"),
-            block_size=0,
-            weight=weight.data_ptr(),
-            factor=0 if upper is None else upper.data_ptr(),
-            group_index=0 if group_index is None else group_index.data_ptr(),
-            codes=codes.data_ptr(),
-            scales=scales.data_ptr(),
-            zeros=zeros.data_ptr(),
-            loss=loss.data_ptr(),
+        new = partial(torch.empty, device=weight.device)
+        codes = new(rows, cols, dtype=torch.uint8)
+        scales = new(rows, groups) if fixed is None else fixed.scales.clone()
+        zeros = new(rows, groups, dtype=torch.uint8) if fixed is None else fixed.zeros.clone()
+        loss = new(rows, dtype=torch.float64)
+        options = {
+            "format": self.bits,
+            "rows": rows,
+            "cols": cols,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "clip": self.clip,
+            "static_grids": fixed is not None,
+            "scale_dtype": lookup(SCALE_DTYPES, self.scale_dtype, "scale_dtype"),
+            "block_size": 0,
+        }
+        gptq_solve(
+            options,
+            {
+                "weight": weight,
+                "factor": upper,
+                "group_index": group_index,
+                "codes": codes,
+                "scales": scales,
+                "zeros": zeros,
+                "loss": loss,
+            },
         )
         return _Solved(codes, scales, zeros, loss.sum().item())
 
@@ -302,7 +313,9 @@ def _column_order(diagonal: Tensor, order: str, group_size: int) -> tuple[Tensor
         for begin in range(0, cols, group_size)
     ]
     largest = diagonal[: whole * group_size].view(whole, group_size).amax(1)
-    group_order = torch.cat([largest.argsort(descending=True, stable=True), torch.arange(whole, len(inside))])
+    group_order = torch.cat(
+        [largest.argsort(descending=True, stable=True), torch.arange(whole, len(inside), device=diagonal.device)]
+    )
     return torch.cat([inside[int(g)] for g in group_order]), group_order
 
 
@@ -353,7 +366,7 @@ def _triangular_inverse(lower: Tensor, base: int = 256) -> Tensor:
     def invert(begin: int, end: int) -> None:
         if end - begin <= base:
             block = lower[begin:end, begin:end]
-            identity = torch.eye(end - begin, dtype=lower.dtype)
+            identity = torch.eye(end - begin, dtype=lower.dtype, device=lower.device)
             inverse[begin:end, begin:end] = torch.linalg.solve_triangular(block, identity, upper=False)
             return
         middle = begin + (end - begin) // 2
@@ -371,7 +384,7 @@ def _check_weight(weight: Tensor) -> Tensor:
         raise ValueError(f"weight: expected shape [N, K] with N and K at least 1, got {list(weight.shape)}")
     if not weight.is_floating_point():
         raise ValueError(f"weight: expected a floating dtype, got {weight.dtype}")
-    weight = weight.detach().to("cpu", torch.float32)
+    weight = weight.detach().to(torch.float32)
     if not weight.isfinite().all():
         row, column = (~weight.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"weight[{row}, {column}]: expected a finite number, got {weight[row, column].item()}")

@@ -21,12 +21,12 @@ class Hessian:
         matrix: float32 [K, K], symmetric; zeros before the first token.
     """
 
-    def __init__(self, cols: int):
+    def __init__(self, cols: int, device: torch.device | str = "cpu"):
         if cols < 1:
             raise ValueError(f"cols: expected at least 1, got {cols}")
         self.cols = cols
         self.tokens = 0
-        self._sum = torch.zeros(cols, cols)  # the upper triangle of blocks; the rest stays zero
+        self._sum = torch.zeros(cols, cols, device=device)  # the upper triangle of blocks; the rest stays zero
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -38,7 +38,7 @@ class Hessian:
             raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
         x = x.detach().reshape(-1, self.cols)
         for part in x.split(TOKENS_AT_A_TIME):
-            part = part.to("cpu", torch.float32)
+            part = part.to(self._sum.device, torch.float32)
             # H is symmetric: only blocks on and right of the diagonal are computed.
             for i in range(0, self.cols, _COLS):
                 rows = self._sum[i : i + _COLS, i:]

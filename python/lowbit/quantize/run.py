@@ -32,7 +32,7 @@ from lowbit.quantize.packing import finite, relative_weight_error, rounded, solv
 from lowbit.quantize.plan import Plan, PlannedModule, make_plan
 from lowbit.quantize.progress import Progress
 from lowbit.quantize.recipe import Recipe
-from lowbit.quantize.walk import Walk, calibration_mode, calibration_windows, check_on_cpu, corrects
+from lowbit.quantize.walk import Walk, calibration_mode, calibration_windows, corrects, model_device
 
 
 @dataclass
@@ -92,13 +92,13 @@ def quantize(
 
     Returns the report, which is also kept as `model._lowbit_report` for saving.
     ValueError or TypeError before anything is changed: recipe, rules or data that do not fit the model;
-    NotImplementedError: a model that is not on the CPU. Numbers never raise: a matrix that cannot be solved is rounded
-    to nearest, and its row says why.
+    NotImplementedError: a model that is neither on the CPU nor on one GPU (where its calibration then happens too).
+    Numbers never raise: a matrix that cannot be solved is rounded to nearest, and its row says why.
     """
     start = time.monotonic()
     recipe = Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
     progress = progress if progress is not None else Progress()
-    check_on_cpu(model)
+    model_device(model)
     plan = make_plan(model, recipe)
     windows = None
     if any(m.spec.method == "gptq" for m in plan.quantized):

@@ -34,7 +34,7 @@ from lowbit.quantize.packing import finite, rounded, solved
 from lowbit.quantize.plan import Plan, PlannedModule, make_plan
 from lowbit.quantize.progress import Progress
 from lowbit.quantize.recipe import ModuleSpec, Recipe, parse_change
-from lowbit.quantize.walk import Walk, calibration_mode, calibration_windows, check_on_cpu
+from lowbit.quantize.walk import Walk, calibration_mode, calibration_windows, model_device
 from lowbit.report import split_names
 
 FORMATS = ("trit", "2", "3", "4", "8")
@@ -168,7 +168,7 @@ def measure(
         raise ValueError(f"groups: expected one of {', '.join(GROUPS)}, got {by!r}")
     if by != "modules" and (evaluation is None or evaluation.ndim != 2 or evaluation.shape[1] < 2):
         raise ValueError(f"evaluation: expected windows [n, context] of 2 tokens or more to measure {by} on")
-    check_on_cpu(model)
+    model_device(model)
     candidates = _candidates(formats, recipe)
     plans = {label: make_plan(model, candidate) for label, candidate in candidates.items()}
     kept = make_plan(model, replace(recipe, bits=16, head_bits=16, embed_bits=16))
@@ -475,7 +475,7 @@ def _end_to_end(
     totals: dict[tuple[str, str], Totals] = {choice: Totals() for choice in changed}
     alone = Totals()
     with torch.inference_mode(), calibration_mode(model):
-        for done, ids in enumerate(windows, 1):
+        for done, ids in enumerate(windows.to(model_device(model)), 1):
             reference, _ = forward(model, ids)
             alone.add(ids, reference, None)
             for choice, modules in changed.items():

@@ -9,7 +9,7 @@ A block's modules form stages in order of execution; modules that read the same 
 up) share one Hessian and one stage. What is done with a Hessian is a subclass's business: `run` packs the modules, so
 that what comes after them is calibrated on what they give then; `sensitivity` measures and changes nothing. Beside the
 model, memory holds one block's activations for all calibration windows, in the model's dtype, and the Hessians of one
-stage.
+stage: on the GPU of a model that is on one.
 
 With a correction the original network runs beside the quantized one, block by block: its activations are held as
 well, and the weights of one block as they were.
@@ -54,13 +54,14 @@ class Walk:
         progress: Progress,
     ) -> None:
         self.model, self.true_sequential, self.progress = model, true_sequential, progress
+        self.device = model_device(model)
         self.left = {m.name: m for m in modules}
         # What was packed of blocks that are not done, by name, while the original network runs beside.
         self.originals: dict[str, nn.Module] | None = None
         self.batches: tuple[torch.Tensor, ...] = ()
         if windows is not None:
             size = max(1, _BATCH_TOKENS // windows.shape[1]) if batch_size is None else batch_size
-            self.batches = windows.split(size)
+            self.batches = windows.to(self.device).split(size)
         self._call, self._options = _forward_call(model)
 
     def wants_inputs(self, planned: PlannedModule) -> bool:
@@ -182,7 +183,7 @@ class Walk:
         drifts: dict[str, Drift],
     ) -> dict[str, Hessian]:
         """The Hessian of every group of a stage, by the name of its first module; fills the drifts, too."""
-        hessians = {group[0]: Hessian(self.left[group[0]].shape[1]) for group in stage}
+        hessians = {group[0]: Hessian(self.left[group[0]].shape[1], self.device) for group in stage}
         for batch, ids in enumerate(self.batches):
             before: dict[str, torch.Tensor] = {}
 
@@ -207,7 +208,7 @@ class Walk:
     def _drifts(self, stage: list[list[str]]) -> dict[str, Drift]:
         """An empty drift for every group of a stage with a module to correct."""
         wanted = [group for group in stage if any(corrects(self.left[name]) for name in group)]
-        return {group[0]: Drift(self.left[group[0]].shape[1]) for group in wanted}
+        return {group[0]: Drift(self.left[group[0]].shape[1], self.device) for group in wanted}
 
 
 def _prefix(block: str) -> str:
@@ -285,10 +286,13 @@ def corrects(planned: PlannedModule) -> bool:
     return planned.spec is not None and planned.spec.method == "gptq" and planned.spec.correction != "none"
 
 
-def check_on_cpu(model: nn.Module) -> None:
-    """NotImplementedError: a parameter elsewhere."""
-    if devices := {p.device.type for p in model.parameters()} - {"cpu"}:
-        raise NotImplementedError(f"model: expected all parameters on the CPU, got {', '.join(sorted(devices))}")
+def model_device(model: nn.Module) -> torch.device:
+    """Where a model is. NotImplementedError: in several places, or neither on the CPU nor on a GPU."""
+    devices = {p.device for p in model.parameters()} or {torch.device("cpu")}
+    if len(devices) > 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        found = ", ".join(sorted(map(str, devices)))
+        raise NotImplementedError(f"model: expected all parameters on the CPU or on one GPU, got {found}")
+    return devices.pop()
 
 
 def calibration_windows(
