@@ -152,7 +152,7 @@ class FloatProduct {
   using Sum4 = float4;
   static constexpr int kBits = Bits, kTokenTiles = TokenTiles;
   static constexpr Scales kScales = Groups;
-  static constexpr int kResident = Bits == 3 && TokenTiles == 2 ? 1 : 2;  // blocks of a multiprocessor: registers
+  static constexpr int kResident = resident_blocks(Bits, TokenTiles, false, Spans::whole);
 
   __device__ static void stage(const DecodeArguments& a, int32_t tokens, int32_t first_unit, int32_t units) {
     constexpr int32_t kCols = 64 * Format<Bits>::kPlanes;

@@ -68,7 +68,7 @@ class IntegerProduct {
   static constexpr int kBits = Bits, kTokenTiles = TokenTiles, kLines = Format<Bits>::kLines;
   static constexpr int kPlanes = Format<Bits>::kPlanes;
   static constexpr Scales kScales = S == Spans::plane ? Scales::plane : Scales::fine;
-  static constexpr int kResident = (Bits == 3 || Bits == kTrit) && TokenTiles == 2 ? 1 : 2;
+  static constexpr int kResident = resident_blocks(Bits, TokenTiles, true, S);
   static constexpr int kSpanCols = S == Spans::plane ? 64 : 16;
 
   // Digits [digit][token][x_stride], then for every span of the staged columns [span][8 * TokenTiles] {step, sum}.

@@ -64,8 +64,9 @@ cudaError_t launch_tile_of(const MatmulPlan& plan, const TileArguments& a, cudaS
   };
   if constexpr (Bits == 2 || Bits == 4)
     if (p.row_tiles == 2) return start(tile<Bits, Bf16, 2, 8, Scales::plane>);
-  if (p.scales == Scales::unit)
-    return start(p.token_tiles == 8 ? tile<Bits, Bf16, 1, 8, Scales::unit> : tile<Bits, Bf16, 1, 4, Scales::unit>);
+  if constexpr (Bits >= 4)
+    if (p.scales == Scales::unit)
+      return start(p.token_tiles == 8 ? tile<Bits, Bf16, 1, 8, Scales::unit> : tile<Bits, Bf16, 1, 4, Scales::unit>);
   return start(p.token_tiles == 8 ? tile<Bits, Bf16, 1, 8, Scales::plane> : tile<Bits, Bf16, 1, 4, Scales::plane>);
 }
 

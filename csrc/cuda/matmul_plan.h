@@ -112,6 +112,14 @@ LOWBIT_HD constexpr int ring_depth(int bits, int level) {
 
 constexpr int32_t align_up(int32_t bytes, int32_t to) { return (bytes + to - 1) / to * to; }
 
+// Blocks of a multiprocessor that registers allow: two leave a thread 128, which these kernels do not fit.
+LOWBIT_HD constexpr int resident_blocks(int bits, int token_tiles, bool integers, Spans spans) {
+  return bits == 3 || (bits == 2 && token_tiles == 2 && !integers) ||
+                 (bits == kTrit && (token_tiles == 2 || spans == Spans::plane))
+             ? 1
+             : 2;
+}
+
 // digits: 0 where activations stay floating point.
 constexpr DecodePlan try_decode(int bits, const Slices& s, int64_t rows, int32_t pass_tokens, Scales scales,
                                 int32_t digits, Spans spans, int ring, int32_t block_chunks, int32_t round_chunks,
@@ -135,7 +143,8 @@ constexpr DecodePlan try_decode(int bits, const Slices& s, int64_t rows, int32_t
   p.shared_bytes = p.ticket_at + 16;
   const int64_t tiles = ceil_div(rows, kTileRows);
   p.blocks_y = int32_t(ceil_div(s.chunks, block_chunks));
-  const int64_t resident = d.shared_per_sm / int32_t(p.shared_bytes + 1024) >= 2 ? 2 : 1;  // what registers allow
+  const int64_t resident =
+      d.shared_per_sm / int32_t(p.shared_bytes + 1024) < 2 ? 1 : resident_blocks(bits, tiles_n, digits > 0, spans);
   const int64_t wide = int64_t(d.multiprocessors) * resident / p.blocks_y;
   p.blocks_x = int32_t(tiles < wide ? tiles : wide > 1 ? wide : 1);
   return p;
@@ -191,7 +200,7 @@ constexpr TilePlan plan_tile(int bits, int64_t rows, int64_t cols, int64_t token
         p.row_tiles = row_tiles;
         p.token_tiles = token_tiles;
         p.stages = stages;
-        p.scales = row_tiles == 2 ? Scales::plane : scales;
+        p.scales = row_tiles == 2 || bits < 4 ? Scales::plane : scales;  // scales that outlive a plane take registers
         p.slot_bytes = slot_bytes(bits, p.scales);
         p.x_stride = 2 * unit_cols(bits) + 16;
         p.sums_at = uint32_t(p.x_stride * kTileTokens * token_tiles);

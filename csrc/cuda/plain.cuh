@@ -25,7 +25,7 @@ struct PlainArguments {
 constexpr int kPlainTokens = 4;
 
 template <int Bits>
-__global__ void __launch_bounds__(kThreads) plain(const PlainArguments a) {
+__global__ void __launch_bounds__(kThreads, 3) plain(const PlainArguments a) {
   constexpr int kLines = Format<Bits>::kLines, kPlanes = Format<Bits>::kPlanes;
   const MatrixArguments& w = a.w;
   const int lane = int(threadIdx.x) & 31, warp = int(threadIdx.x) >> 5;
