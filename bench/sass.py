@@ -5,19 +5,22 @@
     python bench/sass.py --against old/liblowbit_cuda.so --only int4     two builds, loop by loop
     python bench/sass.py --show 'decode int4 fp16 x8 plane'              the common path, instruction by instruction
 
-It reads liblowbit_cuda.so (build/wheel, build/dev, build/gpu, the installed package, or LOWBIT_CUDA_BUILT) with cuobjdump
-and nvdisasm: on PATH, in CUDA's bin, or in the triton wheel (pip install triton, or LOWBIT_CUDA_TOOLS=folder).
-tests/python/test_cuda_build.py gates what is read here.
+It reads liblowbit_cuda.so (build/wheel, build/dev, build/gpu, the installed package, or LOWBIT_CUDA_BUILT) with
+cuobjdump and nvdisasm: on PATH, in CUDA's bin, or in the triton wheel (pip install triton, or
+LOWBIT_CUDA_TOOLS=folder). tests/python/test_cuda_build.py gates what is read here.
 
-How a main loop is counted. The main loop is the smallest loop of a kernel's control flow graph that holds both tensor-core
-instructions and copies of 16 bytes into shared memory (sm_75: STS.128): one unit of 16 rows a warp. Its common path runs
-from the head back to the head through all copies, mma and reads of shared memory that one path can take, and is otherwise
-the shortest: rare branches (the next tile's addresses, a group size that is no power of two) stay outside. Loops within it
-are counted once (`inner` says how many there are: finer groups run theirs four times). A predicated instruction is counted: it takes its issue slot.
+How a main loop is counted. The main loop is the smallest loop of a kernel's control flow graph that holds both
+tensor-core instructions and copies of 16 bytes into shared memory (sm_75: STS.128): one unit of 16 rows a warp. Its
+common path runs from the head back to the head through all copies, mma and reads of shared memory that one path can
+take, and is otherwise the shortest: rare branches (the next tile's addresses, a group size that is no power of two)
+stay outside. Loops within it are counted once and the figure has a star (finer groups run theirs four times). A
+predicated instruction is counted: it takes its issue slot.
 
-The budget (--bandwidth, --clock, --multiprocessors): at 4.8 TB/s, 132 multiprocessors and 1.7 GHz a KB of weights passes
-every 47.9 cycles of a multiprocessor: 191 issue slots, 95 on each half-rate pipe (ALU: LOP3, SHF, PRMT, IADD3...; IMAD),
-and 47.9 reads or writes of 128 bytes of shared memory. A kernel within all three can be bound by bytes.
+The budget (--bandwidth, --clock, --multiprocessors): at 4.8 TB/s, 132 multiprocessors and 1.7 GHz a KB of weights
+passes every 47.9 cycles of a multiprocessor: 191 issue slots, 95 on each half-rate pipe (ALU: LOP3, SHF, PRMT,
+IADD3...; IMAD), and 47.9 reads or writes of 128 bytes of shared memory. `issue`, `alu`, `imad` and `shared` are what
+the loop takes of each: where one is above 1 it binds, and not the bytes. `tensor` is what the loop leaves possible of
+the dense rate of the tensor cores (an m16n8k16 every 4 cycles of a scheduler), which is what counts at many tokens.
 """
 
 from __future__ import annotations
@@ -175,6 +178,11 @@ class Instruction:
     def base(self) -> str:
         return self.op.split(".", 1)[0]
 
+    @property
+    def never(self) -> bool:
+        """Issued for its slot alone: ptxas puts three `@!PT LDS RZ, [RZ]` before an LDGSTS."""
+        return self.predicate == "@!PT"
+
     def __str__(self) -> str:
         return f"{self.predicate + ' ' if self.predicate else ''}{self.op} {self.operands}".strip()
 
@@ -182,6 +190,7 @@ class Instruction:
 _LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*$")
 _LABEL = re.compile(r"^(\.L_x_\w+):")
 _TARGET = re.compile(r"`\((\.L_x_\w+)\)")
+_TARGETS = re.compile(r"BRANCH_TARGETS ([^\"]+)")  # of a jump table, as nvdisasm found them
 _BARRIER = re.compile(r"\bB\d+\b")
 
 
@@ -215,14 +224,15 @@ class Code:
                 condition = i.operands.replace(target.group(), "").strip(" ,") if target else ""
                 always = i.predicate in ("", "@PT", "@!UPT") and not condition and ".DIV" not in i.op
                 on = to if always and to else on + to
-            elif i.base in ("EXIT", "RET", "BRX", "KILL") and not i.predicate:
-                on = []
+            elif i.base in ("EXIT", "RET", "BRX", "BRXU", "JMX", "KILL") and not i.predicate:
+                table = _TARGETS.search(i.operands)
+                on = [labels[name.strip()] for name in table.group(1).split(",")] if table else []
             elif i.base == "BSYNC":
                 barrier = _BARRIER.search(i.operands)
                 known = meets.get(barrier.group(), set()) if barrier else set()
                 on = on if not known or known & set(on) or i.predicate else sorted(known)
-            elif i.base == "WARPSYNC" and to:
-                on = on + to
+            elif i.base in ("WARPSYNC", "CALL") and to:
+                on = on + to  # sm_80 leaves a loop by a predicated CALL to a label
             after.append([n for n in on if n < len(code)])
         starts = {0, *labels.values()} | {n for at, on in enumerate(after) if on != [at + 1] for n in [at + 1, *on]}
         self.starts = sorted(s for s in starts if s < len(code))
@@ -306,7 +316,7 @@ class Code:
     def common_path(self, head: int, body: frozenset[int]) -> list[Instruction]:
         """From the head to a jump back to it; see the top of this file."""
         worth = {
-            block: sum(10_000 if is_mma(i) or is_copy(i) or i.base in ("LDGSTS", "LDS") else 0 for i in code)
+            block: sum(10_000 * (is_mma(i) or is_copy(i) or i.base in ("LDGSTS", "LDS")) for i in code if not i.never)
             - len(code)
             for block in body
             for code in [self.inside([block])]
@@ -354,15 +364,20 @@ def is_copy(i: Instruction) -> bool:
 
 
 # Which unit an instruction keeps busy (Ampere, Hopper). ALU and IMAD take a warp's instruction every other cycle.
-_ALU = set(
-    "IADD3 IADD LOP3 LOP SHF PRMT LEA SEL ISETP FSETP IMNMX VIMNMX FMNMX FSEL PLOP3 IABS VABSDIFF BMSK SGXT MOV "
-    "FLO P2R R2P CS2R I2FP VIADD VIADDMNMX VOTE".split()
+_ALU = frozenset(
+    (
+        *("IADD3", "IADD", "LOP3", "LOP", "SHF", "PRMT", "LEA", "SEL", "ISETP", "FSETP", "IMNMX", "VIMNMX", "FMNMX"),
+        *("FSEL", "PLOP3", "IABS", "VABSDIFF", "BMSK", "SGXT", "MOV", "FLO", "P2R", "R2P", "CS2R", "I2FP", "VIADD"),
+        *("VIADDMNMX", "VOTE"),
+    )
 )
-_XU = set("I2F F2I F2F MUFU POPC BREV FRND".split())
+_XU = frozenset(("I2F", "F2I", "F2F", "MUFU", "POPC", "BREV", "FRND"))
 _SHARED = {".128": 4, ".64": 2}
 
 
 def pipe_of(i: Instruction) -> str:
+    if i.never:
+        return "control"
     if is_mma(i):
         return "mma"
     if i.base in ("IMAD", "IDP", "IDP4A", "IMUL"):
@@ -382,7 +397,7 @@ def pipe_of(i: Instruction) -> str:
 
 def shared_cycles(i: Instruction) -> int:
     """Cycles of 128 bytes of shared memory that a whole warp takes, no conflicts, broadcasts as wide as they look."""
-    if i.base in ("LDS", "STS", "LDGSTS"):
+    if i.base in ("LDS", "STS", "LDGSTS") and not i.never:
         return next((cycles for width, cycles in _SHARED.items() if width in i.op), 1)
     return 4 if i.base == "LDSM" and ".4" in i.op else 0
 
@@ -400,13 +415,13 @@ class Report:
     stack: int
     shared: int  # static
     local: int
-    code: Code | None = None
+    ops: Counter = field(default_factory=Counter)  # instructions, by name without modifiers
+    looped: Counter = field(default_factory=Counter)  # of them, those in loops (of a product)
     path: list[Instruction] = field(default_factory=list)  # the main loop's common path
-    loop_size: int = 0  # of all the main loop's instructions
     inner: int = 0  # loops within the main loop
 
     def count(self, *bases: str) -> int:
-        return sum(i.base in bases for i in self.path)
+        return sum(i.base in bases and not i.never for i in self.path)
 
     @property
     def pipes(self) -> Counter:
@@ -421,15 +436,21 @@ class Report:
         return sum(map(shared_cycles, self.path))
 
     @property
+    def tensor(self) -> float:
+        """Share of the tensor cores' rate that the loop leaves possible: an m16n8k16 takes 4 cycles at sm_90's."""
+        pipes = self.pipes
+        cycles = max(len(self.path), 2 * pipes["alu"], 2 * pipes["imad"], 4 * self.shared_cycles, 4 * pipes["mma"])
+        return 4 * pipes["mma"] / cycles
+
+    @property
     def spills(self) -> int:
-        """STL and LDL anywhere in the kernel."""
-        return sum(i.base in ("STL", "LDL") for i in self.code.instructions) if self.code else 0
+        """Loads and stores of local memory, anywhere in the kernel."""
+        return self.ops["STL"] + self.ops["LDL"]
 
     @property
     def spills_in_loop(self) -> int:
-        """Of them, those on the main loop's common path, or in any loop where there is no main loop."""
-        code = self.path or (self.code.looped if self.code else [])
-        return sum(i.base in ("STL", "LDL") for i in code)
+        """Of them, those on the main loop's common path."""
+        return self.count("STL", "LDL")
 
     @property
     def copies_lead(self) -> bool:
@@ -477,22 +498,23 @@ def functions(text: str) -> dict[str, list[str]]:
 
 
 def _read_elf(nvdisasm: str, path: Path, wanted: list[tuple[str, Report]]) -> list[Report]:
-    code = functions(_run(nvdisasm, "-c", "-ndf", str(path)))
+    code = functions(_run(nvdisasm, "-c", str(path)))
     for mangled, report in wanted:
-        report.code = Code(code[mangled])
+        kernel = Code(code[mangled])
+        report.ops = Counter(i.base for i in kernel.instructions)
         if not report.kernel.is_product:
             continue
-        if loop := report.code.main_loop():
+        report.looped = Counter(i.base for i in kernel.looped)
+        if loop := kernel.main_loop():
             head, body = loop
-            report.path = report.code.common_path(head, body)
-            report.loop_size = len(report.code.inside(body))
-            report.inner = sum(other < body for _, other in report.code.loops)
+            report.path = kernel.common_path(head, body)
+            report.inner = sum(other < body for _, other in kernel.loops)
     return [report for _, report in wanted]
 
 
 def read(library: Path, arch: str | None = None, only: str | None = None, sass: bool = True) -> list[Report]:
-    """Every kernel of a library, of one architecture or of all; only: a regular expression over Kernel.name. sass False:
-    resources alone, in no time. Raises Unavailable without the tools."""
+    """Every kernel of a library, of one architecture or of all; only: a regular expression over Kernel.name.
+    sass False: resources alone, in no time. Raises Unavailable without the tools."""
     cuobjdump, nvdisasm = find_tools()
     wanted: dict[int, list[tuple[str, Report]]] = {}
     for elf, of_arch, mangled, figures in resources(_run(cuobjdump, "-res-usage", str(library))):
@@ -544,8 +566,9 @@ class Budget:
         }
 
 
-HEADER = "kernel arch reg spill | loop /KB alu imad fma mma lds ldgsts uni ctl | issue alu imad shared | binds".split(
-    " "
+HEADER = (
+    *("kernel", "arch", "reg", "spill", "|", "loop", "/KB", "alu", "imad", "fma", "mma", "lds", "ldgsts", "uni", "ctl"),
+    *("|", "issue", "alu", "imad", "shared", "|", "binds", "|", "tensor"),
 )
 
 
@@ -569,14 +592,18 @@ def row(report: Report, budget: Budget) -> list[str]:
         *(f"{load[name]:.2f}" for name in ("issue", "alu", "imad", "shared")),
         "|",
         f"{worst} {load[worst]:.2f}" if load[worst] > 1 else "bytes",
+        "|",
+        f"{report.tensor:.2f}",
     ]
 
 
 def render(rows: list[list[str]]) -> str:
-    lines = [HEADER, *rows]
+    lines = [list(HEADER), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 
