@@ -2,6 +2,7 @@
 benchmark and a launch. What it declares is csrc/include/lowbit/lowbit.h, and tests/python/test_bench_gpu.py holds the
 two together.
 """
+
 from __future__ import annotations
 
 import ctypes as c

@@ -244,7 +244,8 @@ def figures() -> list[Figure]:
         Figure("trit, (8192, 28672), one token: share of the measured read bandwidth", "≥ 80%",
                _trit_bandwidth, lambda v: v >= 0.80, "{:.0%}"),
         Figure("trit against our int2, (8192, 28672), one token", "≥ 1.1×",
-               _quotient("matmul trit (8192,28672) M=1", "matmul int2 (8192,28672) M=1"), lambda v: v >= 1.1, "{:.2f}×"),
+               _quotient("matmul trit (8192,28672) M=1", "matmul int2 (8192,28672) M=1"),
+               lambda v: v >= 1.1, "{:.2f}×"),
     ]  # fmt: skip
     for fmt in ("int4", "int8"):
         found += [

@@ -146,6 +146,10 @@ void multiply(const Case& c, const TestMatrix& m, const DeviceMatrix& w, int64_t
       double expected = double(bias[size_t(n)]);
       for (int64_t k = 0; k < c.cols; k++)
         expected += double(values[size_t(t * c.cols + k)]) * m.dense[size_t(n * c.cols + k)];
+      if (exact) {  // rounded once, as the kernel stores it
+        const std::vector<uint8_t> rounded = stored({float(expected)}, p.dtype);
+        expected = lowbit::load_float(rounded.data(), p.dtype, 0);
+      }
       const double d = lowbit::load_float(y.data(), p.dtype, t * c.rows + n) - expected;
       difference += d * d;
       norm += expected * expected;
@@ -349,7 +353,9 @@ int main(int count, char** arguments) {
   std::printf("\n");
   if (count == 1 && device.arch >= 80)
     for (const int bits : {2, 3, 4, 8})
-      for (const char* kind : {"_plain", "_decode", "_tile", "_integer"})
-        CHECK(kernels.count(format_name(bits) + kind), "no product ran %s%s", format_name(bits).c_str(), kind);
+      for (const std::string kind : {"_plain", "_decode", "_tile", "_integer"}) {
+        if (bits == 3 && kind == "_tile" && device.shared_per_block < 160 << 10) continue;  // three lines a unit
+        CHECK(kernels.count(format_name(bits) + kind), "no product ran %s%s", format_name(bits).c_str(), kind.c_str());
+      }
   return check::finish("every kernel");
 }
