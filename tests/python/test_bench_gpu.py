@@ -14,11 +14,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path[:0] = [str(BENCH), str(ROOT / "tests/gpu")]
 
 import capi  # noqa: E402
 import gpu  # noqa: E402
 import harness  # noqa: E402
+import stages  # noqa: E402
 
 HEADER = (ROOT / "csrc/include/lowbit/lowbit.h").read_text()
 
@@ -139,6 +140,13 @@ def test_the_committed_table_is_the_scripts():
     assert found.startswith(gpu.figures_table(harness.load(results[-1]) if results else None))
 
 
+def test_committed_results_are_readable():
+    for path in sorted((BENCH / "results").glob("nvidia-*/gpu.json")):
+        found = harness.load(path)
+        assert path.parent.name == gpu.slug(found["machine"]["gpu"])
+        assert gpu.origin(found) and verdicts(gpu.figures_table(found))
+
+
 def test_replace_between_needs_its_markers():
     text = f"a\n{gpu.BEGIN}\nold\n{gpu.END}\nb"
     assert gpu.replace_between(text, "new") == f"a\n{gpu.BEGIN}\nnew\n{gpu.END}\nb"
@@ -172,6 +180,21 @@ def test_the_architecture_of_the_card_at_hand(capability, expected):
 def test_the_probes_figures():
     text = json.dumps({"gpu": "x", "figures": [{"name": "read", "value": 4.3, "unit": "TB/s"}]})
     assert gpu.read_probe(text) == {"read": 4.3}
+
+
+# ---- compute-sanitizer ----
+
+SANITIZED = [
+    ("========= ERROR SUMMARY: 0 errors\n", 0),
+    ("========= ERROR SUMMARY: 3 errors\n", 3),
+    ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)\n", 2),
+    ("========= Error: Device not supported.\n", None),
+]
+
+
+@pytest.mark.parametrize("text, errors", SANITIZED)
+def test_what_compute_sanitizer_counted(text, errors):
+    assert stages.errors_of(text) == errors
 
 
 # ---- the C API ----
