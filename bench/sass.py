@@ -82,7 +82,7 @@ def find_tools() -> tuple[str, str]:
     for folder in filter(None, folders):
         tools = [shutil.which(name, path=folder) for name in ("cuobjdump", "nvdisasm")]
         if all(tools):
-            return tools[0], tools[1]
+            return os.path.abspath(tools[0]), os.path.abspath(tools[1])
     raise Unavailable("neither CUDA's bin nor the triton wheel (pip install triton) has cuobjdump and nvdisasm here")
 
 
@@ -121,11 +121,12 @@ class Kernel:
 
     @property
     def resident(self) -> int:
-        """Blocks of 256 threads that a multiprocessor is to hold: kResident of FloatProduct and IntegerProduct."""
-        if self.family != "decode":
+        """Blocks of 256 threads that a multiprocessor is to hold: resident_blocks of csrc/cuda/matmul_plan.h."""
+        if self.family != "decode" or self.bits == 3:
             return 1
-        wide = self.bits == 3 or (self.bits == TRIT and self.input.startswith("int8"))
-        return 1 if wide and self.token_tiles == 2 else 2
+        if self.bits == TRIT:
+            return 1 if self.token_tiles == 2 or self.scales == "plane" else 2
+        return 1 if self.bits == 2 and self.token_tiles == 2 and not self.input.startswith("int8") else 2
 
     @property
     def unit_bytes(self) -> int:
@@ -396,7 +397,7 @@ def pipe_of(i: Instruction) -> str:
 
 
 def shared_cycles(i: Instruction) -> int:
-    """Cycles of 128 bytes of shared memory that a whole warp takes, no conflicts, broadcasts as wide as they look."""
+    """Cycles of 128 bytes of shared memory that a whole warp takes: no conflicts, and no saving by broadcasts either."""
     if i.base in ("LDS", "STS", "LDGSTS") and not i.never:
         return next((cycles for width, cycles in _SHARED.items() if width in i.op), 1)
     return 4 if i.base == "LDSM" and ".4" in i.op else 0

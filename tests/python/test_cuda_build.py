@@ -22,23 +22,9 @@ TRIT = sass.TRIT
 
 # What today's kernels fail: kernel -> architecture -> (loads and stores of local memory, of them on a unit's path).
 # More of either is an error, and so is an entry that no longer fails: the list only shrinks. Made with nvcc 13.0.
-#   decode   two blocks of 256 threads leave 128 registers, a few too few. What is spilled is read once a tile.
-#   tile     sums of 64 tokens, a unit's codes and its activations do not fit 255 registers: read in every unit.
-SPILLS: dict[str, dict[str, tuple[int, int]]] = {
-    "decode int2 fp16 x16 unit": {"75": (16, 0), "80": (20, 0), "90a": (11, 0)},
-    "decode int2 bf16 x16 unit": {"90a": (30, 0)},
-    "decode int3 fp16 x8 unit": {"75": (3, 0), "80": (17, 0), "90a": (10, 0)},
-    "decode int3 bf16 x8 unit": {"80": (9, 0), "90a": (31, 0)},
-    "decode int3 fp16 x8 plane": {"80": (31, 0), "90a": (26, 0)},
-    "decode trit int8 x8 plane": {"90a": (4, 0)},
-    "decode trit int8x2 x8 plane": {"80": (7, 0), "90a": (9, 0)},
-    "tile int2 fp16 x64 unit": {"75": (8, 2), "80": (20, 8), "90a": (24, 10)},
-    "tile int2 bf16 x64 unit": {"90a": (18, 7)},
-    "tile int3 fp16 x64 unit": {"75": (24, 12), "80": (41, 20), "90a": (46, 22)},
-    "tile int3 bf16 x64 unit": {"80": (22, 11), "90a": (46, 22)},
-}
+SPILLS: dict[str, dict[str, tuple[int, int]]] = {}
 # The same of kernels that are no products.
-OTHER_SPILLS = {"plain int2": {"80": 16}, "plain int3": {"80": 4}, "plain int4": {"80": 16}}
+OTHER_SPILLS: dict[str, dict[str, int]] = {}
 
 # Most registers of every other kernel: what is there now, and a little.
 MOST_REGISTERS = {
@@ -134,9 +120,10 @@ def test_every_product_kernel_was_found(reports):
     for report in reports:
         if report.kernel.is_product:
             by_arch.setdefault(report.arch, []).append(report.kernel.name)
-    # decode: 4 formats x 2 dtypes x 2 x 3, int8 mode 4 x 2 x 2, trit 2 x 2 x 3; tile: 4 x 2 x 2 x 2, and 4 of 32 rows
+    # decode: 4 formats x 2 dtypes x 2 x 3, int8 mode 4 x 2 x 2, trit 2 x 2 x 3; tile: scales a plane 4 x 2 x 2, a unit
+    # (int4, int8) 2 x 2 x 2, 32 rows a warp (int2, int4) 2 x 2
     for arch, names in by_arch.items():
-        assert len(names) == len(set(names)) == 48 + 16 + 12 + 32 + 4, arch
+        assert len(names) == len(set(names)) == 48 + 16 + 12 + 16 + 8 + 4, arch
 
 
 def test_product_kernels_pass_every_gate(reports):
@@ -196,24 +183,22 @@ def test_names(mangled, name):
 
 
 def test_resident_blocks_are_those_of_the_kernels():
-    """kResident of float_product.cuh and integer_product.cuh."""
+    """resident_blocks of matmul_plan.h."""
     one = [
-        sass.Kernel("decode", 3, "fp16", 2),
-        sass.Kernel("decode", TRIT, "int8", 2),
+        sass.Kernel("decode", 3, "fp16", 1),
         sass.Kernel("decode", 3, "int8", 2),
+        sass.Kernel("decode", 2, "bf16", 2),
+        sass.Kernel("decode", TRIT, "int8", 2, scales="whole"),
+        sass.Kernel("decode", TRIT, "int8x2", 1, scales="plane"),
     ]
     two = [
-        sass.Kernel("decode", 3, "fp16", 1),
+        sass.Kernel("decode", 2, "fp16", 1),
+        sass.Kernel("decode", 2, "int8", 2),
         sass.Kernel("decode", 4, "bf16", 2),
-        sass.Kernel("decode", TRIT, "int8", 1),
+        sass.Kernel("decode", TRIT, "int8", 1, scales="whole"),
     ]
-    assert [kernel.resident for kernel in (*one, *two)] == [1, 1, 1, 2, 2, 2]
-    folder = BENCH.parent / "csrc" / "cuda"
-    assert "kResident = Bits == 3 && TokenTiles == 2 ? 1 : 2;" in (folder / "float_product.cuh").read_text()
-    assert (
-        "kResident = (Bits == 3 || Bits == kTrit) && TokenTiles == 2 ? 1 : 2;"
-        in (folder / "integer_product.cuh").read_text()
-    )
+    assert [kernel.resident for kernel in one] == [1] * len(one)
+    assert [kernel.resident for kernel in two] == [2] * len(two)
 
 
 RESOURCES = """
