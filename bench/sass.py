@@ -397,7 +397,7 @@ def pipe_of(i: Instruction) -> str:
 
 
 def shared_cycles(i: Instruction) -> int:
-    """Cycles of 128 bytes of shared memory that a whole warp takes: no conflicts, and no saving by broadcasts either."""
+    """Cycles of 128 bytes of shared memory that a whole warp takes: no conflicts, nothing saved by broadcasts."""
     if i.base in ("LDS", "STS", "LDGSTS") and not i.never:
         return next((cycles for width, cycles in _SHARED.items() if width in i.op), 1)
     return 4 if i.base == "LDSM" and ".4" in i.op else 0

@@ -197,7 +197,7 @@ typedef struct lowbit_cuda_queue {
 
 typedef struct lowbit_cuda_device {
   char name[128];
-  int32_t arch;             /* 10 * major + minor of the compute capability */
+  int32_t arch; /* 10 * major + minor of the compute capability */
   int32_t multiprocessors;
   int32_t shared_per_block; /* bytes of shared memory that a block may have */
   int32_t shared_per_sm;    /* bytes of shared memory of a multiprocessor */
