@@ -25,20 +25,32 @@ TRIT = sass.TRIT
 #   decode   two blocks of 256 threads leave 128 registers, a few too few. What is spilled is read once a tile.
 #   tile     sums of 64 tokens, a unit's codes and its activations do not fit 255 registers: read in every unit.
 SPILLS: dict[str, dict[str, tuple[int, int]]] = {
-    "decode int2 fp16 x16 unit": {"75": (16, 0), "80": (20, 0), "90a": (11, 0)},
-    "decode int2 bf16 x16 unit": {"90a": (30, 0)},
-    "decode int3 fp16 x8 unit": {"75": (3, 0), "80": (17, 0), "90a": (10, 0)},
-    "decode int3 bf16 x8 unit": {"80": (9, 0), "90a": (31, 0)},
-    "decode int3 fp16 x8 plane": {"80": (31, 0), "90a": (26, 0)},
-    "decode trit int8 x8 plane": {"90a": (4, 0)},
-    "decode trit int8x2 x8 plane": {"80": (7, 0), "90a": (9, 0)},
-    "tile int2 fp16 x64 unit": {"75": (8, 2), "80": (20, 8), "90a": (24, 10)},
-    "tile int2 bf16 x64 unit": {"90a": (18, 7)},
-    "tile int3 fp16 x64 unit": {"75": (24, 12), "80": (41, 20), "90a": (46, 22)},
-    "tile int3 bf16 x64 unit": {"80": (22, 11), "90a": (46, 22)},
+    "decode int2 fp16 x16 unit": {"75": (16, 0), "80": (20, 0), "89": (20, 0), "90": (11, 0), "120": (11, 0)},
+    "decode int2 bf16 x16 unit": {"89": (3, 0), "90": (30, 0)},
+    "decode int3 fp16 x8 unit": {"75": (3, 0), "80": (17, 0), "89": (8, 0), "90": (10, 0)},
+    "decode int3 bf16 x8 unit": {"80": (9, 0), "89": (9, 0), "90": (31, 0)},
+    "decode int3 fp16 x8 plane": {"80": (31, 0), "89": (15, 0), "90": (26, 0)},
+    "decode trit int8 x8 plane": {"89": (2, 0), "90": (4, 0)},
+    "decode trit int8x2 x8 plane": {"80": (7, 0), "89": (9, 0), "90": (9, 0), "100": (33, 0)},
+    "tile int2 fp16 x64 unit": {"75": (8, 2), "80": (20, 8), "89": (20, 8), "90": (24, 10)},
+    "tile int2 bf16 x64 unit": {"90": (18, 7)},
+    "tile int3 fp16 x64 unit": {
+        "75": (24, 12),
+        "80": (41, 20),
+        "89": (41, 20),
+        "90": (46, 22),
+        "100": (22, 7),
+        "120": (21, 8),
+    },
+    "tile int3 bf16 x64 unit": {"80": (22, 11), "89": (22, 11), "90": (46, 22), "100": (18, 5), "120": (12, 3)},
 }
 # The same of kernels that are no products.
-OTHER_SPILLS = {"plain int2": {"80": 16}, "plain int3": {"80": 4}, "plain int4": {"80": 16}}
+OTHER_SPILLS = {
+    "plain int2": {"80": 16, "89": 16},
+    "plain int3": {"80": 4, "89": 4},
+    "plain int4": {"80": 16, "89": 16},
+}
+SAME_CODE = {"86": "89", "90a": "90"}  # architectures whose code is another's, and so their entries
 
 # Most registers of every other kernel: what is there now, and a little.
 MOST_REGISTERS = {
@@ -56,7 +68,7 @@ MOST_REGISTERS = {
     "check_zeros": 24,
     "check_trits": 24,
     "check_perm": 24,
-    "mark_columns": 24,
+    "mark_columns": 32,
     "nothing": 16,
 }
 
@@ -71,6 +83,10 @@ def reports() -> list[sass.Report]:
 
 def number(arch: str) -> int:
     return int(re.match(r"\d+", arch).group())
+
+
+def entry(arch: str) -> str:
+    return SAME_CODE.get(arch, arch)
 
 
 def mma_of_unit(kernel: sass.Kernel, arch: int) -> int:
@@ -95,7 +111,7 @@ def gates(report: sass.Report) -> dict[str, str]:
     most = 128 if kernel.resident == 2 else 255
     if report.registers > most:
         failed["registers"] = f"expected at most {most}, got {report.registers}"
-    known = SPILLS.get(kernel.name, {}).get(report.arch, (0, 0))
+    known = SPILLS.get(kernel.name, {}).get(entry(report.arch), (0, 0))
     if (report.looped["STL"] + report.looped["LDL"] > 0 and report.spills > known[0]) or report.spills_in_loop > known[
         1
     ]:
@@ -146,7 +162,7 @@ def test_product_kernels_pass_every_gate(reports):
 
 
 def test_what_is_known_to_spill_still_does(reports):
-    spills = {(report.kernel.name, report.arch): report.spills for report in reports}
+    spills = {(report.kernel.name, entry(report.arch)): report.spills for report in reports}
     known = {(kernel, arch) for table in (SPILLS, OTHER_SPILLS) for kernel, archs in table.items() for arch in archs}
     mended = [key for key in known if spills.get(key) == 0]
     assert not mended, f"take these out of the lists: {sorted(mended)}"
@@ -166,7 +182,7 @@ def test_other_kernels_stay_within_their_registers_and_off_tensor_cores(reports)
             )
         if mma := [op for op in report.ops if op in ("HMMA", "IMMA", "HGMMA")]:
             failed.append(f"{report.kernel.name} sm_{report.arch}: {mma}")
-        if report.spills > OTHER_SPILLS.get(report.kernel.name, {}).get(report.arch, 0):
+        if report.spills > OTHER_SPILLS.get(report.kernel.name, {}).get(entry(report.arch), 0):
             failed.append(f"{report.kernel.name} sm_{report.arch}: {report.spills} STL and LDL")
     assert not failed, "\n".join(failed)
 
