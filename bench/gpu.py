@@ -753,6 +753,8 @@ def run(settings) -> dict:
         )
         host = contents["machine"]
         contents["machine"] = machine | {"host": host, "clocks_after": card()["clocks"]}
+        if "LOWBIT_COMMIT" in os.environ:  # of a copy of the tree that came without its .git
+            contents["commit"] = os.environ["LOWBIT_COMMIT"]
         return contents | {"probe": probe}
 
     def keep(rows: list[dict]) -> None:

@@ -188,7 +188,7 @@ class Instruction:
         return f"{self.predicate + ' ' if self.predicate else ''}{self.op} {self.operands}".strip()
 
 
-_LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*$")
+_LINE = re.compile(r"/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*)")
 _LABEL = re.compile(r"^(\.L_x_\w+):")
 _TARGET = re.compile(r"`\((\.L_x_\w+)\)")
 _TARGETS = re.compile(r"BRANCH_TARGETS ([^\"]+)")  # of a jump table, as nvdisasm found them
@@ -205,7 +205,7 @@ class Code:
             if found := _LABEL.match(line):
                 labels[found.group(1)] = len(self.instructions)
             elif "/*" in line and (found := _LINE.search(line)):
-                self.instructions.append(Instruction(found.group(1) or "", found.group(2), found.group(3)))
+                self.instructions.append(Instruction(found.group(1) or "", found.group(2), found.group(3).rstrip(" ;")))
         self._blocks(labels)
 
     def _blocks(self, labels: dict[str, int]) -> None:
@@ -397,7 +397,7 @@ def pipe_of(i: Instruction) -> str:
 
 
 def shared_cycles(i: Instruction) -> int:
-    """Cycles of 128 bytes of shared memory that a whole warp takes: no conflicts, nothing saved by broadcasts."""
+    """Cycles of 128 bytes of shared memory that a whole warp takes, without conflicts, broadcasts counted in full."""
     if i.base in ("LDS", "STS", "LDGSTS") and not i.never:
         return next((cycles for width, cycles in _SHARED.items() if width in i.op), 1)
     return 4 if i.base == "LDSM" and ".4" in i.op else 0

@@ -42,7 +42,7 @@ MOST_REGISTERS = {
     "check_zeros": 24,
     "check_trits": 24,
     "check_perm": 24,
-    "mark_columns": 24,
+    "mark_columns": 32,
     "nothing": 16,
 }
 
