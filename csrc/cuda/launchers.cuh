@@ -20,7 +20,9 @@ cudaError_t launch_decode_of(const MatmulPlan& plan, const DecodeArguments& a, c
     case Scales::unit:
       return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::unit>>(plan.decode, a, stream);
     case Scales::plane:
-      return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::plane>>(plan.decode, a, stream);
+      if constexpr (Bits != 8)  // whose units are planes
+        return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::plane>>(plan.decode, a, stream);
+      [[fallthrough]];
     default: return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::fine>>(plan.decode, a, stream);
   }
 }
@@ -67,7 +69,9 @@ cudaError_t launch_tile_of(const MatmulPlan& plan, const TileArguments& a, cudaS
   if constexpr (Bits >= 4)
     if (p.scales == Scales::unit)
       return start(p.token_tiles == 8 ? tile<Bits, Bf16, 1, 8, Scales::unit> : tile<Bits, Bf16, 1, 4, Scales::unit>);
-  return start(p.token_tiles == 8 ? tile<Bits, Bf16, 1, 8, Scales::plane> : tile<Bits, Bf16, 1, 4, Scales::plane>);
+  if constexpr (Bits != 8)
+    return start(p.token_tiles == 8 ? tile<Bits, Bf16, 1, 8, Scales::plane> : tile<Bits, Bf16, 1, 4, Scales::plane>);
+  return cudaErrorInvalidValue;  // int8's units are planes: the plan never says so
 }
 
 template <int Bits>

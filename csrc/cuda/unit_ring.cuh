@@ -8,6 +8,13 @@
 namespace lowbit {
 namespace cuda {
 
+// The group of a plane of a unit; planes beyond the last column belong to the last group.
+template <Scales Groups>
+__device__ __forceinline__ int32_t unit_group(const MatrixArguments& w, int32_t plane) {
+  const int32_t group = plane_group(w, plane);
+  return Groups == Scales::unit ? group : min(group, w.groups - 1);  // a unit has a column of its one group
+}
+
 // What a lane copies of a tile of 16 rows: bytes 16c .. 16c+15 of the lines of rows g and g + 8 (the last row again
 // where there is none), and the scales of row `lane` (lanes 16 to 31: the zeros of row lane - 16).
 template <int Bits, Scales Groups>
@@ -40,7 +47,7 @@ struct UnitCopier {
 
   // Starts the copies of one unit into a slot:
   //   lines  [line][r][lane] 16 bytes
-  //   words  [plane, or one for the unit][32]: the aligned words that hold the scales of 16 rows, then their zeros
+  //   words  [group of the unit, in order][32]: the aligned words that hold the scales of 16 rows, then their zeros
   __device__ __forceinline__ void copy(const MatrixArguments& w, int32_t unit, int lane, uint32_t slot) const {
     constexpr int kLines = Format<Bits>::kLines, kPlanes = Format<Bits>::kPlanes;
     // A row's last int3 unit may store one low line and its high line: the second low line is then the first again,
@@ -54,12 +61,15 @@ struct UnitCopier {
                    lines[r] + (int64_t(unit) * kLines + (is_short && line ? line - 1 : line)) * kLineBytes);
     if constexpr (Groups == Scales::fine) return;  // finer groups read their scales as they need them
     constexpr int kWords = Groups == Scales::unit ? 1 : kPlanes;
+    const int32_t first = unit_group<Groups>(w, unit * kPlanes);
+    int32_t before = first - 1;
 #pragma unroll
     for (int p = 0; p < kWords; p++) {
-      int32_t group = plane_group(w, unit * kPlanes + p);
-      if (Groups == Scales::plane) group = min(group, w.groups - 1);
+      const int32_t group = p ? unit_group<Groups>(w, unit * kPlanes + p) : first;
+      if (group == before) continue;  // all lanes alike: planes of one group share a word
+      before = group;
       const uintptr_t word = (side + uint32_t(group) * side_bytes) & ~uintptr_t(3);
-      const uint32_t at = slot + uint32_t(kLines * 1024 + 128 * p + 4 * lane);
+      const uint32_t at = slot + uint32_t(kLines * 1024 + 4 * lane) + 128 * uint32_t(group - first);
       if (!last) {
         cp_async4(at, reinterpret_cast<const void*>(word));
       } else {  // not a byte beyond the array

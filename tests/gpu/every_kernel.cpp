@@ -11,9 +11,11 @@
 #include "matrices.h"
 
 #if defined(LOWBIT_EMULATED)
-static void* device_new(size_t bytes) { return aligned_alloc(256, (bytes + 255) / 256 * 256); }
+static void* device_new(size_t bytes) { return aligned_alloc(256, bytes / 256 * 256 + 256); }
 static void device_delete(void* memory) { free(memory); }
-static void copy(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+static void copy(void* to, const void* from, size_t bytes) {
+  if (bytes) memcpy(to, from, bytes);
+}
 static void fill(void* to, int value, size_t bytes) { memset(to, value, bytes); }
 static bool synchronised() { return true; }
 #else
