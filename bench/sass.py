@@ -105,7 +105,7 @@ class Kernel:
     input: str = ""  # "fp16", "bf16", "int8", "int8x2" (two digits)
     token_tiles: int = 0
     row_tiles: int = 1
-    scales: str = ""  # "unit", "plane", "fine", "whole"
+    scales: str = ""  # "unit", "pair", "plane", "fine", "whole"
     detail: str = ""
 
     @property
@@ -134,7 +134,7 @@ class Kernel:
         return 16 * 64 * LINES[self.bits] * self.row_tiles
 
 
-_SCALES = ("unit", "plane", "fine")
+_SCALES = ("unit", "plane", "fine", "pair")
 _SPANS = ("whole", "plane", "fine")
 _FLOAT = re.compile(r"6decodeINS\d?_12FloatProductILi(\d+)ELb(\d)ELi(\d+)ELNS\d?_6ScalesE(\d)E")
 _INTEGER = re.compile(r"6decodeINS\d?_14IntegerProductILi(\d+)ELi(\d+)ELi(\d+)ELNS\d?_5SpansE(\d)E")

@@ -96,8 +96,7 @@ __device__ __forceinline__ void multiply_unit(const MatrixArguments& w, const La
                        zero[tile]);
   }
   constexpr int kAtOnce = TokenTiles < 4 ? TokenTiles : 4;  // tiles of tokens whose fragments are in registers
-  const int32_t first_group = Groups == Scales::fine ? 0 : unit_group<Groups>(w, first_plane);
-  int32_t held = first_group - 1;  // the group whose scales are in registers
+  constexpr int kShared = shared_planes(Groups, T::kPlanes);
 #pragma unroll
   for (int p = 0; p < T::kPlanes; p++) {
     const int32_t plane = first_plane + p;
@@ -109,22 +108,19 @@ __device__ __forceinline__ void multiply_unit(const MatrixArguments& w, const La
 #pragma unroll
         for (int v = 0; v < 2; v++) b[n][v] = lds<uint4>(x_at[first + n] + uint32_t(128 * p + 16 * v));
       if constexpr (Groups != Scales::fine) {
-        const int32_t group = p ? unit_group<Groups>(w, plane) : first_group;
         float sums[kAtOnce][2];
         read_sums(sums_at + uint32_t(32 * TokenTiles * p + 32 * first), sums);
 #pragma unroll
         for (int tile = 0; tile < RowTiles; tile++) {
           uint32_t words[2][4];
           plane_words<T>(line[tile], p, words);
-          // Scales of a group are kept for its planes, unless sums take the registers.
-          if (Groups == Scales::plane && (TokenTiles > 2 || group != held))
-            read_words<Bits>(
-                w, rows[tile],
-                slot + uint32_t(tile) * slot_bytes + uint32_t(T::kLines * 1024 + 128 * (group - first_group)), group,
-                lane, scale[tile], zero[tile]);
+          // Scales are kept for the planes that share them, unless sums take the registers.
+          if (Groups != Scales::unit && (TokenTiles > 2 || p % kShared == 0))
+            read_words<Bits>(w, rows[tile],
+                             slot + uint32_t(tile) * slot_bytes + uint32_t(T::kLines * 1024 + 128 * (p / kShared)),
+                             unit_group<Groups>(w, plane), lane, scale[tile], zero[tile]);
           multiply_plane<Bits, Bf16, kAtOnce>(words, p, b, sums, scale[tile], zero[tile], ~0u, &part[tile][first]);
         }
-        held = group;
       } else {
         static_assert(Groups != Scales::fine || (RowTiles == 1 && TokenTiles == kAtOnce),
                       "finer groups: one tile at a time");

@@ -144,11 +144,10 @@ class IntegerProduct {
         multiply_plane(codes, b, ~0u, acc);
       } else if constexpr (S == Spans::plane) {
         multiply_plane(codes, b, ~0u, acc);
-        const int32_t group = unit_group<kScales>(w, first_plane + p),
-                      in_unit = group - unit_group<kScales>(w, first_plane);
+        const int32_t group = unit_group<kScales>(w, first_plane + p);
         float scale[2];
         int zero[2];
-        read_words<Bits>(w, rows, slot + uint32_t(kLines * 1024 + 128 * in_unit), group, lane_, scale, zero);
+        read_words<Bits>(w, rows, slot + uint32_t(kLines * 1024 + 128 * p), group, lane_, scale, zero);
         add_span(acc, uint32_t(staged_plane + p), scale, zero, part);
       } else {
 #pragma unroll 1

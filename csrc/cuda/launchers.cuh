@@ -23,6 +23,10 @@ cudaError_t launch_decode_of(const MatmulPlan& plan, const DecodeArguments& a, c
       if constexpr (Bits != 8)  // whose units are planes
         return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::plane>>(plan.decode, a, stream);
       [[fallthrough]];
+    case Scales::pair:
+      if constexpr (Bits == 2 || Bits == 3)
+        return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::pair>>(plan.decode, a, stream);
+      [[fallthrough]];
     default: return launch_product<FloatProduct<Bits, Bf16, TokenTiles, Scales::fine>>(plan.decode, a, stream);
   }
 }

@@ -56,20 +56,28 @@ struct Slices {
 // ---- decode: 1 to 16 tokens at a time, a block of 8 warps that share 16 rows and split K ----
 
 // How scales meet planes: one a unit of 16 rows (groups of whole units, or whole rows), one a plane (groups that are a
-// multiple of 64 columns), or finer ones, for which sums of activations are kept for every 16 columns.
-enum class Scales { unit, plane, fine };
+// multiple of 64 columns), finer ones, for which sums of activations are kept for every 16 columns, or one a pair of
+// planes (groups that are a multiple of 128 columns, where a unit has more).
+enum class Scales { unit, plane, fine, pair };
 
 constexpr Scales scales_of(int bits, int64_t cols, int64_t group_size, bool one_a_row) {
   return one_a_row || group_size >= cols || group_size % unit_cols(bits) == 0 ? Scales::unit
+         : group_size % 128 == 0 && (bits == 2 || bits == 3)                  ? Scales::pair
          : group_size % 64 == 0                                               ? Scales::plane
                                                                               : Scales::fine;
 }
 
+// Planes of a unit that share a scale, and the words of scales that a unit has.
+LOWBIT_HD constexpr int shared_planes(Scales scales, int planes) {
+  return scales == Scales::unit ? planes : scales == Scales::pair ? 2 : 1;
+}
+LOWBIT_HD constexpr int scale_words(Scales scales, int planes) {
+  return scales == Scales::fine ? 0 : planes / shared_planes(scales, planes);
+}
+
 // A slot of a ring: the lines of one unit of 16 rows, then a word for the scale and one for the zero of each row.
 constexpr int32_t slot_bytes(int bits, Scales scales) {
-  return kTileRows * 64 * unit_lines(bits) + 128 * (scales == Scales::unit    ? 1
-                                                    : scales == Scales::plane ? unit_planes(bits)
-                                                                              : 0);
+  return kTileRows * 64 * unit_lines(bits) + 128 * scale_words(scales, unit_planes(bits));
 }
 
 // What a block keeps of its tokens' activations in shared memory.

@@ -47,7 +47,7 @@ struct UnitCopier {
 
   // Starts the copies of one unit into a slot:
   //   lines  [line][r][lane] 16 bytes
-  //   words  [group of the unit, in order][32]: the aligned words that hold the scales of 16 rows, then their zeros
+  //   words  [scale_words][32]: the aligned words that hold the scales of 16 rows, then their zeros
   __device__ __forceinline__ void copy(const MatrixArguments& w, int32_t unit, int lane, uint32_t slot) const {
     constexpr int kLines = Format<Bits>::kLines, kPlanes = Format<Bits>::kPlanes;
     // A row's last int3 unit may store one low line and its high line: the second low line is then the first again,
@@ -60,16 +60,11 @@ struct UnitCopier {
         cp_async16(slot + uint32_t((line * 2 + r) * 512 + lane * 16),
                    lines[r] + (int64_t(unit) * kLines + (is_short && line ? line - 1 : line)) * kLineBytes);
     if constexpr (Groups == Scales::fine) return;  // finer groups read their scales as they need them
-    constexpr int kWords = Groups == Scales::unit ? 1 : kPlanes;
-    const int32_t first = unit_group<Groups>(w, unit * kPlanes);
-    int32_t before = first - 1;
 #pragma unroll
-    for (int p = 0; p < kWords; p++) {
-      const int32_t group = p ? unit_group<Groups>(w, unit * kPlanes + p) : first;
-      if (group == before) continue;  // all lanes alike: planes of one group share a word
-      before = group;
+    for (int i = 0; i < scale_words(Groups, kPlanes); i++) {
+      const int32_t group = unit_group<Groups>(w, unit * kPlanes + i * shared_planes(Groups, kPlanes));
       const uintptr_t word = (side + uint32_t(group) * side_bytes) & ~uintptr_t(3);
-      const uint32_t at = slot + uint32_t(kLines * 1024 + 4 * lane) + 128 * uint32_t(group - first);
+      const uint32_t at = slot + uint32_t(kLines * 1024 + 128 * i + 4 * lane);
       if (!last) {
         cp_async4(at, reinterpret_cast<const void*>(word));
       } else {  // not a byte beyond the array
