@@ -8,6 +8,7 @@ TORCH  ?= torch==2.13.0
 JOBS   ?= $(shell nproc)
 PEERS  ?= $(PY)
 TESTS  ?= ON
+CUDA   ?= AUTO
 MODEL  ?= tests/data/tiny-llama-code
 # The gates of the GPU kernels' machine code within `make test`: ON where CI has nvcc.
 CUDA_GATES ?= OFF
@@ -52,6 +53,7 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 demo: TESTS := OFF
+demo: CUDA := OFF
 demo: site  ## quantize a small real model to 4 bits, look at it, compare it, let it write
 	@rm -rf build/demo
 	@$(call show,quantize $(MODEL) -o build/demo --bits 4 --group-size 128)
@@ -108,7 +110,8 @@ dev: $(READY)  ## build the library and the extension in place, under python/low
 wheel: $(READY)  ## dist/lowbit-*.whl
 	rm -rf dist
 	$(PY) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist \
-	  --config-settings build-dir=build/wheel --config-settings cmake.define.LOWBIT_TESTS=$(TESTS)
+	  --config-settings build-dir=build/wheel --config-settings cmake.define.LOWBIT_TESTS=$(TESTS) \
+	  --config-settings cmake.define.LOWBIT_CUDA=$(CUDA)
 
 site: wheel
 	rm -rf $(SITE)
