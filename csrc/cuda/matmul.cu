@@ -109,9 +109,12 @@ lowbit_status matmul(const lowbit_cuda_queue* queue, const lowbit_cuda_device* d
   if (current.error() != cudaSuccess) return succeed_or(current.error(), "matmul", message);
   const int64_t width = call->dtype == LOWBIT_F32 ? 4 : 2;
   const MatrixArguments w = matrix_arguments(call->w);
+  // One plan for all parts: a smaller last part must not take another kernel, whose tickets would lie elsewhere.
+  const int64_t most = call->tokens < kMostTokens ? call->tokens : kMostTokens;
+  const MatmulPlan plan = plan_matmul(call->w, most, call->dtype, call->activations, *device);
   for (int64_t first = 0; first < call->tokens; first += kMostTokens) {
     CudaMatmul part = *call;
-    part.tokens = call->tokens - first < kMostTokens ? call->tokens - first : kMostTokens;
+    part.tokens = call->tokens - first < most ? call->tokens - first : most;
     part.x = static_cast<const char*>(call->x) + first * call->x_stride * width;
     part.y = static_cast<char*>(call->y) + first * call->y_stride * width;
     Operands o{};
@@ -125,7 +128,6 @@ lowbit_status matmul(const lowbit_cuda_queue* queue, const lowbit_cuda_device* d
     o.tokens = int32_t(part.tokens);
     o.x_vectors = !part.w.perm && width == 2 && reinterpret_cast<uintptr_t>(part.x) % 16 == 0 &&
                   (part.tokens == 1 || part.x_stride % 8 == 0);
-    const MatmulPlan plan = plan_matmul(part.w, part.tokens, part.dtype, part.activations, *device);
     const lowbit_status status =
         succeed_or(multiply(plan, part, w, o, static_cast<cudaStream_t>(queue->stream)), "matmul", message);
     if (status != LOWBIT_OK) return status;

@@ -226,6 +226,29 @@ void test_tile(int bits) {
                                  : "decode");
 }
 
+// More tokens than one launch's grid takes: the last part is small, and still the same kernel's.
+void test_parts_of_a_batch() {
+  const Case c{8, 3, 16, -1, false, false, 0, LOWBIT_F32, true};
+  const Run run{"parts", LOWBIT_F16, LOWBIT_ACT_FLOAT, true};
+  const lowbit_cuda_device device = described(90);
+  const TestMatrix w(c, random_bits);
+  const int64_t tokens = 65535 * 4 + 5;
+  const auto x = activations(tokens * c.cols, run);
+  lowbit::emulation::clear();
+  lowbit_cuda_plan plan;
+  const auto y = multiply(w, device, x, run, tokens, std::vector<float>(3), &plan);
+  check_clean("parts of a batch");
+  for (int64_t m = tokens - 40; m < tokens; m++)
+    for (int64_t n = 0; n < c.rows; n++) {
+      double wanted = 0;
+      for (int64_t k = 0; k < c.cols; k++)
+        wanted += w.dense[size_t(n * c.cols + k)] * lowbit::load_float(x.data(), run.dtype, m * c.cols + k);
+      const double got = lowbit::load_float(y.data(), run.dtype, m * c.rows + n);
+      CHECK(std::fabs(got - wanted) <= std::fabs(wanted) / 2048, "token %ld row %ld: got %g, wanted %g", long(m),
+            long(n), got, wanted);
+    }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -240,6 +263,7 @@ int main(int count, char** arguments) {
       if (bits != lowbit::kTrit) test_tile(bits);
     }
   }
+  if (count == 1) test_parts_of_a_batch();
   lowbit::emulation::clear();
   return check::finish("GPU products");
 }
