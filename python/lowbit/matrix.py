@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import weakref
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lowbit import _C, abi
 from lowbit import ops as _ops  # noqa: F401  (registers torch.ops.lowbit, which the verbs use while torch compiles)
@@ -50,6 +52,14 @@ class PackedMatrix:
         self._tensors = (codes, scales, zeros, perm)
         self._matrix = matrix_view(*self._tensors, self.layout)
         abi.check_matrix(self._matrix, *self._tensors, self.layout, bool(validate))
+        _matrices[codes] = weakref.ref(self)
+
+    @classmethod
+    def of(cls, codes: torch.Tensor) -> PackedMatrix | None:
+        """The matrix that a tensor object is the codes of, while there is one: who ties two weights by assigning the
+        codes alone ties the matrices."""
+        found = _matrices.get(codes)
+        return None if found is None else found()
 
     # -- pack ----------------------------------------------------------------------------------------------------
 
@@ -454,6 +464,14 @@ class PackedMatrix:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_matrix": None}  # addresses: a copy makes its own
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        _matrices[self.codes] = weakref.ref(self)
+
+
+# The last matrix made over each tensor of codes.
+_matrices: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def as_tensor(array, name: str) -> torch.Tensor:

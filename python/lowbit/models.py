@@ -9,7 +9,7 @@ names) are one target and stay one matrix.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,7 +52,7 @@ class Target:
     @property
     def is_table(self) -> bool:
         """Whether rows of the matrix are looked up by id (it may be a head as well)."""
-        return isinstance(self.module, nn.Embedding)
+        return is_table(self.module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -64,8 +64,15 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def has_matrix(module: nn.Module) -> bool:
-    """Whether a module is of a type whose weight can become a packed matrix."""
+    """Whether a module is of a type whose weight can become a packed matrix; ours is one while it holds a float."""
+    if isinstance(module, lowbit_nn.PackedModule):
+        return module.layout is None and module.is_loaded
     return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+
+
+def is_table(module: nn.Module) -> bool:
+    """Whether a module looks up rows of its weight by id."""
+    return isinstance(module, nn.Embedding | lowbit_nn.Embedding)
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
@@ -115,15 +122,15 @@ def find_targets(model: nn.Module) -> list[Target]:
     targets = []
     for members in holders.values():
         # A table decides how the whole group is made, so it speaks for it wherever it stands.
-        members.sort(key=lambda member: not isinstance(member[1], nn.Embedding))
+        members.sort(key=lambda member: not is_table(member[1]))
         kinds = []
         for name, module in members:
-            if module is embedding or (isinstance(module, nn.Embedding) and any(m is head for _, m in members)):
+            if module is embedding or (is_table(module) and any(m is head for _, m in members)):
                 kinds.append("embedding")
             elif module is head:
                 kinds.append("head")
             else:
-                inside = name.startswith(in_block) and not isinstance(module, nn.Embedding)
+                inside = name.startswith(in_block) and not is_table(module)
                 kinds.append("linear" if inside else "other")
         obstacles = [_obstacle(name, module, keep) for name, module in members]
         if len({_forward_of(module) for _, module in members}) > 1:
@@ -180,6 +187,21 @@ def patch(
         replacements.append((name, made[id(old)]))
     for name, new in replacements:
         replace_module(model, name, new)
+    untie(model, set(matrices))
+
+
+def untie(model: nn.Module, packed_names: Collection[str]) -> None:
+    """Takes packed tables out of Transformers' own tying, which shares parameters: ours share matrices. The
+    configuration goes on saying that a table is tied, unless only one of the modules is packed."""
+    split = False
+    for target, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
+        names = {target.rpartition(".")[0], source.rpartition(".")[0]}
+        if names & set(packed_names):
+            del model.all_tied_weights_keys[target]
+            split |= not names <= set(packed_names)
+    if split:
+        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
 
 
 def _packed_module(name: str, old: nn.Module, packed: PackedMatrix, activations: str) -> nn.Module:
@@ -189,13 +211,35 @@ def _packed_module(name: str, old: nn.Module, packed: PackedMatrix, activations:
         raise ValueError(
             f"{name}: expected a packed matrix of shape {tuple(weight_matrix(old).shape)}, got {packed.shape}"
         )
-    if isinstance(old, nn.Embedding):
-        new = lowbit_nn.Embedding.from_packed(
-            packed, padding_idx=old.padding_idx, dtype=old.weight.dtype, embed_scale=_embed_scale(old)
+    return _module_like(name, old, packed, activations)
+
+
+def _module_like(name: str, old: nn.Module, weight: PackedMatrix | torch.Tensor, activations: str) -> nn.Module:
+    """A lowbit.nn module that does with a weight what `old` does with its own."""
+    rows, cols = weight.shape
+    if is_table(old):
+        new = lowbit_nn.Embedding(
+            rows, cols, padding_idx=old.padding_idx, dtype=old.weight.dtype, embed_scale=_embed_scale(old)
         )
     else:
-        new = lowbit_nn.Linear.from_packed(packed, bias=old.bias, activations=activations)
+        new = lowbit_nn.Linear(cols, rows, bias=old.bias, activations=activations)
+        new.rms_norm = getattr(old, "rms_norm", None)
+    new.name = name
+    new._put(weight)
     return new.train(old.training)
+
+
+def adopt(model: nn.Module) -> None:
+    """Makes the token embedding and the head of a model modules of lowbit.nn where they are plain ones, over the same
+    parameters and with the same results, so that their weights can be unloaded and loaded as those of packed modules.
+    """
+    for target in find_targets(model):
+        if target.obstacle is not None or not {"embedding", "head"} & set(target.kinds):
+            continue
+        for name, kind in zip(target.names, target.kinds, strict=True):
+            module = model.get_submodule(name)
+            if kind in ("embedding", "head") and type(module).__module__.startswith("torch.nn"):
+                replace_module(model, name, _module_like(name, module, module.weight, "float"))
 
 
 def _outermost_block_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -211,23 +255,23 @@ def _outermost_block_lists(module: nn.Module, name: str) -> Iterator[tuple[str, 
 
 def _matrix_weights(module: nn.Module) -> int:
     """Weights of the linear layers below a module, packed or not: a block stays one when it has been quantized."""
-    sizes = [weight_matrix(m).numel() for m in module.modules() if has_matrix(m) and not isinstance(m, nn.Embedding)]
-    packed = [m.in_features * m.out_features for m in module.modules() if isinstance(m, lowbit_nn.Linear)]
+    sizes = [weight_matrix(m).numel() for m in module.modules() if has_matrix(m) and not is_table(m)]
+    packed = [m.in_features * m.out_features for m in module.modules() if isinstance(m, lowbit_nn.Linear) and m.layout]
     return sum(sizes) + sum(packed)
 
 
 def _embedding_and_head(model: nn.Module, in_block: tuple[str, ...]) -> tuple[nn.Module | None, nn.Module | None]:
     embedding, head = _accessor(model, "get_input_embeddings"), _accessor(model, "get_output_embeddings")
     if embedding is None:
-        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        tables = [m for m in model.modules() if is_table(m) and has_matrix(m)]
         embedding = max(tables, key=lambda m: m.weight.numel(), default=None)
-    if head is None and isinstance(embedding, nn.Embedding):
+    if head is None and embedding is not None and is_table(embedding):
         # A head has one output a token of the vocabulary; the last such layer after the blocks is it.
         heads = [
             m
             for name, m in model.named_modules()
             if has_matrix(m)
-            and not isinstance(m, nn.Embedding)
+            and not is_table(m)
             and not name.startswith(in_block or ("\0",))
             and weight_matrix(m).shape == embedding.weight.shape
         ]
@@ -285,7 +329,7 @@ def _forward_of(module: nn.Module) -> tuple:
 def _behaves_plainly(module: nn.Module) -> bool:
     """Whether a subclass computes what its base class does, up to rounding and the scale of a scaled
     embedding."""
-    if type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module):
+    if type(module) in (nn.Linear, nn.Embedding, lowbit_nn.Linear, lowbit_nn.Embedding) or is_conv1d(module):
         return True
     weight = module.weight.detach()
     if isinstance(module, nn.Embedding):

@@ -9,6 +9,7 @@ tensors: one allocation.
 from __future__ import annotations
 
 import operator
+import os
 import weakref
 from collections.abc import Callable
 
@@ -29,11 +30,14 @@ class PackedModule(nn.Module):
     Attributes:
         layout: format, columns and group size of the packed weight; None when the weight is float or absent.
         stored_format: the format that the weight is saved in where it is held in another one; else None.
+        name: the module's full name in its model, for messages and for `load` from a file; None where nobody told it.
+        check_on_use: whether the weight's values are still to be checked, when it is first used.
     """
 
     def __init__(self, rows: int, cols: int):
         super().__init__()
         self._shape = (rows, cols)
+        self.name: str | None = None
         self._clear()
 
     @property
@@ -47,20 +51,59 @@ class PackedModule(nn.Module):
         # Moving, casting and loading a state replace tensors; the matrix made from the old ones is then made anew.
         if held is None or not all(map(operator.is_, tensors, held._tensors)):
             options = {"format": layout.format, "cols": layout.cols, "group_size": layout.group_size}
-            held = self.__dict__["_held"] = PackedMatrix(*tensors, **options, validate=False)
+            try:
+                held = PackedMatrix(*tensors, **options, validate=self.check_on_use)
+            except ValueError as error:
+                raise ValueError(f"{self._where}: {error}") from None
+            self.__dict__["_held"], self.check_on_use = held, False
         return held
 
-    def load(self, weight: PackedMatrix | Tensor) -> None:
-        """Replaces the weight: a PackedMatrix (shared, not copied) or a float tensor [rows, cols].
+    @property
+    def is_loaded(self) -> bool:
+        return self.weight is not None
 
-        Raises ValueError for another shape, TypeError for another kind of object; the old weight then stays.
+    def load(
+        self, weight: PackedMatrix | Tensor | str | os.PathLike, *, name: str | None = None, replace: bool = False
+    ) -> None:
+        """Puts a weight in, without copying it: a PackedMatrix, a float tensor [rows, cols], or where one lies.
+
+        A path names a model folder or a .safetensors file (`lowbit.load_weight`), in which `name`, by default the
+        module's own, is looked up. A float weight keeps its dtype: the product is then made in that dtype, and comes
+        out in x's. To share one table between a head and an embedding, load the other's `packed`.
+
+        replace: take out the weight that is in use first; without it that is an error.
+        Raises RuntimeError when a weight is in use, ValueError for another shape, TypeError for another kind of
+        object, and what `lowbit.load_weight` raises; the module is then as it was.
         """
+        if self.is_loaded and not replace:
+            raise RuntimeError(
+                f"{self._where}: weight: expected none while another is loaded, got a second one: "
+                "unload() first, or load(..., replace=True)"
+            )
+        if isinstance(weight, str | os.PathLike):
+            from lowbit.checkpoint import load_weight
+
+            weight = load_weight(weight, name or self.name or "")
+        self._put(weight)
+
+    def unload(self) -> PackedMatrix | Tensor | None:
+        """Takes the weight out and returns it; forward raises RuntimeError until the next load()."""
+        held = self.packed if self.layout is not None else self.weight
+        self._clear()
+        return held
+
+    def _put(self, weight: PackedMatrix | Tensor) -> None:
+        """Replaces the weight, whatever is held."""
         if not isinstance(weight, PackedMatrix | Tensor):
-            raise TypeError(f"weight: expected a PackedMatrix or a tensor, got {type(weight).__name__}")
+            raise TypeError(
+                f"{self._where}: weight: expected a PackedMatrix, a tensor or a path, got {type(weight).__name__}"
+            )
         if isinstance(weight, Tensor) and not weight.is_floating_point():
-            raise TypeError(f"weight: expected a float tensor or a PackedMatrix, got a tensor of {weight.dtype}")
+            raise TypeError(
+                f"{self._where}: weight: expected a float tensor or a PackedMatrix, got a tensor of {weight.dtype}"
+            )
         if tuple(weight.shape) != self._shape:
-            raise ValueError(f"weight: expected shape {list(self._shape)}, got {list(weight.shape)}")
+            raise ValueError(f"{self._where}: weight: expected shape {list(self._shape)}, got {list(weight.shape)}")
         self._clear()
         if isinstance(weight, PackedMatrix):
             self.layout = weight.layout
@@ -72,15 +115,29 @@ class PackedModule(nn.Module):
                 weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), requires_grad=False)
             )
 
-    def unload(self) -> PackedMatrix | Tensor | None:
-        """Takes the weight out and returns it; forward raises RuntimeError until the next load()."""
-        held = self.packed if self.layout is not None else self.weight
-        self._clear()
-        return held
+    @property
+    def _where(self) -> str:
+        return self.name or type(self).__name__
+
+    def __setattr__(self, name: str, value) -> None:
+        # How Transformers ties a head to an embedding: it assigns one's `weight` to the other. The codes of a matrix
+        # bring their scales along, or the weight would be neither's.
+        tied = PackedMatrix.of(value) if name == "weight" and isinstance(value, Tensor) else None
+        if tied is not None and value is not self._buffers.get("weight"):
+            self._put(tied)
+        elif isinstance(value, nn.Parameter) and name == "weight" and self.layout is not None:
+            self._put(value)
+        else:
+            super().__setattr__(name, value)
 
     def _weight_tensors(self) -> tuple[Tensor | None, ...]:
         buffers = self._buffers  # what getattr would find, without its search
         return tuple(buffers[name] for name in ("weight", *_SIDE_TENSORS))
+
+    def _checked_tensors(self) -> tuple[Tensor | None, ...]:
+        if self.check_on_use:
+            _ = self.packed  # checks them
+        return self._weight_tensors()
 
     def _apply(self, fn, recurse=True):
         packed = self._weight_tensors() if self.layout is not None else ()
@@ -95,6 +152,7 @@ class PackedModule(nn.Module):
     def _clear(self) -> None:
         self.layout: Layout | None = None
         self.stored_format: str | None = None
+        self.check_on_use = False
         self._held: PackedMatrix | None = None  # `packed`, while the tensors are those it was made from
         for name in ("weight", *_SIDE_TENSORS):
             self._parameters.pop(name, None)
@@ -103,7 +161,7 @@ class PackedModule(nn.Module):
 
     def _require_weight(self) -> None:
         if self.weight is None:
-            raise RuntimeError(f"{type(self).__name__}: no weight is loaded; call load(...) first")
+            raise RuntimeError(f"{self._where}: weight: expected one to be loaded, got none: call load(...) first")
 
     def _weight_repr(self) -> str:
         if self.layout is not None:
@@ -176,7 +234,7 @@ class Linear(PackedModule):
     @classmethod
     def from_packed(cls, packed: PackedMatrix, bias: Tensor | None = None, activations: str = "float") -> Linear:
         module = cls(packed.cols, packed.rows, bias, activations)
-        module.load(packed)
+        module._put(packed)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,12 +243,19 @@ class Linear(PackedModule):
             x = self.rms_norm(x)
         if layout is None:
             self._require_weight()
-            return nn.functional.linear(x, self.weight, bias)
+            return self._float_product(x, bias)
         if abi.runs_eagerly(x, bias):
             return abi.matmul(self.packed._view, x, bias, self.activations)
         return torch.ops.lowbit.matmul(
-            x, *self._weight_tensors(), bias, layout.format, layout.cols, layout.group_size, self.activations
+            x, *self._checked_tensors(), bias, layout.format, layout.cols, layout.group_size, self.activations
         )
+
+    def _float_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = self.weight.dtype
+        if x.dtype == dtype or torch.is_autocast_enabled(x.device.type):
+            return nn.functional.linear(x, self.weight, bias)
+        # A weight that was loaded in another dtype than the model's: its own precision, the model's result.
+        return nn.functional.linear(x.to(dtype), self.weight, None if bias is None else bias.to(dtype)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -224,7 +289,7 @@ class Embedding(PackedModule):
         cls, packed: PackedMatrix, padding_idx=None, dtype=torch.float32, embed_scale=None, checked=False
     ) -> Embedding:
         module = cls(packed.rows, packed.cols, padding_idx, dtype, embed_scale, checked)
-        module.load(packed)
+        module._put(packed)
         return module
 
     def _apply(self, fn, recurse=True):
@@ -235,14 +300,14 @@ class Embedding(PackedModule):
         layout = self.layout
         if layout is None:
             self._require_weight()
-            out = nn.functional.embedding(ids, self.weight, self.padding_idx)
+            out = nn.functional.embedding(ids, self.weight, self.padding_idx).to(self.dtype)
         elif abi.runs_eagerly(ids):
             view = self.packed._view
             out = abi.gather(view, ids, self.dtype, self._policy(view.device))
         else:
             policy = self._policy(abi.device_index(self.weight, "weight"))
             out = torch.ops.lowbit.gather(
-                ids, *self._weight_tensors(), layout.format, layout.cols, layout.group_size, self.dtype, policy
+                ids, *self._checked_tensors(), layout.format, layout.cols, layout.group_size, self.dtype, policy
             )
         # The factor is rounded to the output dtype first, as models that scale their embeddings do.
         return out if self.embed_scale is None else out * torch.tensor(self.embed_scale, dtype=out.dtype)

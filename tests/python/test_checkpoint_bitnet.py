@@ -476,9 +476,9 @@ def test_what_bitnet_cannot_hold_is_refused_by_name(tmp_path):
     module.activations = "float"
     refused(f"{NAME}: activations: expected int8, as BitNet multiplies, got float")
     module.activations = "int8"
-    module.load(TernaryMatrix(matrices[NAME].trits, torch.rand(128, 1).add(1)).to_packed())
+    module.load(TernaryMatrix(matrices[NAME].trits, torch.rand(128, 1).add(1)).to_packed(), replace=True)
     refused(rf"{NAME}: scales: expected one for the matrix, got \[128, 1\] that differ")
-    module.load(lowbit.PackedMatrix.from_float(matrices[NAME].unpack(), "int4"))
+    module.load(lowbit.PackedMatrix.from_float(matrices[NAME].unpack(), "int4"), replace=True)
     refused(rf'{NAME}: format: expected "trit" or "int2" to repack ternary codes, got int4 -> trit')
     with pytest.raises(ValueError, match="expected a model with packed linear layers, found none"):
         lowbit.save(model, tmp_path / "b", format="bitnet")

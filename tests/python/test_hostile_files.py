@@ -112,7 +112,7 @@ def test_misaligned_and_empty_tensors_are_read(tmp_path):
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("good")
     model = pack(llama(), table="int8")
-    model.get_submodule(PACKED).load(act_order(128, 64, "int4", 32, symmetric=False))
+    model.get_submodule(PACKED).load(act_order(128, 64, "int4", 32, symmetric=False), replace=True)
     lowbit.save(model, path)
     return path
 
@@ -264,8 +264,10 @@ def test_transformers_refuses_them_too(copied):
 
 def test_tensors_that_the_model_lacks_or_needs(copied):
     rewrite(copied, lambda tensors: tensors.update({"model.extra": torch.zeros(3)}))
-    with pytest.warns(UserWarning, match="1 tensors that the model does not use: model.extra"):
-        assert lowbit.load(copied).model.layers[0].mlp.up_proj.packed is not None
+    with pytest.raises(ValueError, match="expected tensors of LlamaForCausalLM only, got 1 others: model.extra"):
+        lowbit.load(copied)
+    with pytest.warns(UserWarning, match="got 1 others: model.extra"):
+        assert lowbit.load(copied, strict=False).model.layers[0].mlp.up_proj.packed is not None
     rewrite(copied, lambda tensors: (tensors.pop("model.extra"), tensors.pop("model.norm.weight")))
     with pytest.raises(ValueError, match=r"model.norm.weight: expected by the model, not found in the files"):
         lowbit.load(copied)

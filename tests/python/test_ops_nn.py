@@ -100,7 +100,7 @@ def test_a_tied_table_stays_one_wherever_it_goes():
     assert model._apply(torch.Tensor.float) is model and embedding.dtype == torch.float32
     # What a function gave is not given again once the tensor has changed, or is another one.
     table.codes[0] = 0
-    embedding.load(table), alone._apply(move), embedding._apply(move)
+    embedding.load(table, replace=True), alone._apply(move), embedding._apply(move)
     assert not embedding.weight[0].any() and embedding.weight is not alone.weight
 
 
@@ -120,20 +120,50 @@ def test_load_and_unload(make):
     assert "weight_scale" in module.state_dict()
     held = module.unload()
     assert held.equal(packed) and not module.state_dict()
-    with pytest.raises(RuntimeError, match="no weight is loaded"):
+    with pytest.raises(RuntimeError, match="weight: expected one to be loaded, got none"):
         module(argument)
     module.load(dense)
     expected = argument @ dense.t() if isinstance(module, Linear) else dense[argument]
     assert torch.allclose(module(argument), expected) and list(module.state_dict()) == ["weight"]
+    with pytest.raises(RuntimeError, match="weight: expected none while another is loaded"):
+        module.load(held)
     with pytest.raises(ValueError, match="weight: expected shape"):
-        module.load(torch.randn(24, 63))
-    with pytest.raises(TypeError, match="weight: expected"):
-        module.load("lm_head.safetensors")
+        module.load(torch.randn(24, 63), replace=True)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        module.load("nowhere.safetensors", replace=True)
+    with pytest.raises(TypeError, match="weight: expected a PackedMatrix, a tensor or a path, got list"):
+        module.load([1.0], replace=True)
     with pytest.raises(TypeError, match="weight: expected a float tensor"):
-        module.load(torch.zeros(24, 64, dtype=torch.int8))
+        module.load(torch.zeros(24, 64, dtype=torch.int8), replace=True)
     assert torch.allclose(module(argument), expected)  # a refused load changes nothing
-    module.load(held)
+    module.load(held, replace=True)
     assert torch.equal(module(argument), before)
+
+
+def test_a_float_weight_of_another_dtype_computes_in_its_own():
+    dense, bias, x = torch.randn(24, 64), torch.randn(24).bfloat16(), torch.randn(2, 64).bfloat16()
+    module = Linear(64, 24, bias)
+    module.load(dense)
+    expected = torch.nn.functional.linear(x.float(), dense, bias.float()).bfloat16()
+    assert torch.equal(module(x), expected)
+    embedding = Embedding(24, 64, dtype=torch.bfloat16)
+    embedding.load(dense)
+    assert torch.equal(embedding(torch.tensor([3])), dense[[3]].bfloat16())
+
+
+def test_assigning_the_codes_of_a_matrix_ties_its_scales_too():
+    """Transformers ties by assigning `weight`."""
+    table, other = random_matrix(24, 64, "int4", 32), random_matrix(24, 64, "int4", 32)
+    embedding, x = Embedding.from_packed(table), torch.randn(2, 64)
+    unloaded = Linear(64, 24)
+    as_float = Linear(64, 24)
+    as_float.load(torch.randn(24, 64))
+    for head in (Linear.from_packed(other), unloaded, as_float):
+        head.weight = embedding.weight
+        assert head.packed.equal(table) and head.weight_scale is embedding.weight_scale
+        assert torch.equal(head(x), table.matmul(x))
+    head.weight = torch.nn.Parameter(torch.ones(24, 64))
+    assert head.packed is None and torch.allclose(head(x)[:, :1], x.sum(1, keepdim=True), atol=1e-4)
 
 
 def test_modules_copy_and_move():

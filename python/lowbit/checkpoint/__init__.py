@@ -19,6 +19,7 @@ from .safe_write import finish_interrupted, read_manifest, verify, write_files
 from .safetensors_map import INDEX, Weights, serialize
 from .strict_json import parse_json
 from .ternary_choice import CHOICES, hold_ternary
+from .weight import load_weight, save_weight
 
 FORMATS = ("lowbit", "gptq", "gptq_v2", "bitnet", "bitnet_auto")
 _GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -49,7 +50,14 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "enco
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
-def load(path: str | os.PathLike, *, in_memory: bool | None = None, ternary: str = "auto"):
+def load(
+    path: str | os.PathLike,
+    *,
+    in_memory: bool | None = None,
+    on_demand: bool = False,
+    ternary: str = "auto",
+    strict: bool = True,
+):
     """The Transformers model in a folder, on the CPU, in evaluation mode; modules are packed where the files are so.
 
     The weights are mapped and used where they lie, so the model appears at once and other processes share its pages.
@@ -57,8 +65,12 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None, ternary: str
     in_memory: True copies codes, a matrix at a time, to anonymous memory with huge pages, which decode-bound kernels
         read faster; False never does; None copies when the codes take 64 MiB or more, the system offers huge pages and
         the memory is available. Codes of GPTQ and BitNet checkpoints are always converted into memory.
+    on_demand: read nothing but the files' headers now. A module's tensors are mapped when it is first used, and their
+        values checked then; a model larger than memory opens, and the system takes back what it needs. For lowbit
+        folders; not with in_memory=True.
     ternary: how matrices stored as trits are held: "trit" as they are; "int2" converted, 2 bits a weight; "auto" by
         what was measured (`ternary_choice`), and as trits where in_memory is False. Saving writes trits again.
+    strict: False only warns of tensors that the model has no use for.
     A save that was interrupted after its commit is completed first.
 
     Raises FileNotFoundError for a missing file, NotImplementedError for an unknown quant_method or width, and
@@ -66,6 +78,8 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None, ternary: str
     """
     if ternary not in CHOICES:
         raise ValueError(f"ternary: expected one of {', '.join(CHOICES)}, got {ternary!r}")
+    if on_demand and in_memory:
+        raise ValueError("on_demand: expected without in_memory=True, which reads everything")
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with config.json")
@@ -77,10 +91,12 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None, ternary: str
     from ..integrations import transformers as integration
 
     if described is None:
-        return integration.load_plain(folder, config)
+        return integration.load_plain(folder, config, weights)
     method = described.get("quant_method")
+    if on_demand and method != native.QUANT_METHOD:
+        raise ValueError(f"{where}: on_demand: expected a lowbit folder, got {method}, which has to be converted")
     if method == native.QUANT_METHOD:
-        packed = native.read_packed(weights, described, where, in_memory)
+        packed = native.read_packed(weights, described, where, in_memory, on_demand)
     elif method == gptq.QUANT_METHOD:
         skeleton = integration.meta_model(config, str(folder))
         packed = gptq.read_packed(weights, described, where, skeleton)
@@ -92,10 +108,13 @@ def load(path: str | os.PathLike, *, in_memory: bool | None = None, ternary: str
         raise NotImplementedError(f"{where}: quant_method: expected lowbit, gptq or bitnet, got {method!r}")
     config.quantization_config = native.quantization_config(packed.entries)
     model, unexpected = integration.build_model(config, packed, folder)
-    hold_ternary(model, "trit" if ternary == "auto" and in_memory is False else ternary)
     if unexpected:
         shown = ", ".join(unexpected[:5]) + (", ..." if len(unexpected) > 5 else "")
-        warnings.warn(f"{folder}: {len(unexpected)} tensors that the model does not use: {shown}", stacklevel=2)
+        message = f"{folder}: expected tensors of {type(model).__name__} only, got {len(unexpected)} others: {shown}"
+        if strict:
+            raise ValueError(f"{message} (strict=False leaves them)")
+        warnings.warn(message, stacklevel=2)
+    hold_ternary(model, "trit" if ternary == "auto" and (on_demand or in_memory is False) else ternary)
     return model
 
 
@@ -253,4 +272,4 @@ def _stale(folder: Path, files: Mapping) -> list[str]:
     return sorted({*weights, *(read_manifest(folder) or {})} - set(files))
 
 
-__all__ = ["FORMATS", "load", "quantization_config", "save", "verify"]
+__all__ = ["FORMATS", "load", "load_weight", "quantization_config", "save", "save_weight", "verify"]

@@ -52,7 +52,7 @@ def read_packed(weights: Weights, quantization_config: Mapping, where: str, mode
     tensors = {}
     for name in names:
         try:
-            matrix = _read_module(name, weights, config)
+            matrix = read_module(name, weights, config)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{_any_path(name, weights)}: {name}: {error}") from None
         if isinstance(_submodule(model, name), torch.nn.Embedding):
@@ -121,7 +121,8 @@ class Settings:
         return bits, group_size
 
 
-def _read_module(name: str, weights: Weights, config: Settings) -> PackedMatrix:
+def read_module(name: str, weights: Weights, config: Settings) -> PackedMatrix:
+    """The matrix of one packed module. Raises ValueError without the module's name: the caller puts it in front."""
     missing = [part for part in PARTS[:3] if f"{name}.{part}" not in weights]
     if missing:
         raise ValueError(f"expected qweight, qzeros and scales, but {', '.join(missing)} is not in the files")
@@ -242,7 +243,7 @@ def _override(matrix: PackedMatrix, bits: int, group_size: int) -> dict:
 def _is_plain_linear(module: torch.nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return module.packed is None
-    return models.has_matrix(module) and not isinstance(module, torch.nn.Embedding)
+    return models.has_matrix(module) and not models.is_table(module)
 
 
 def _dynamic_rules(decisions: Mapping[str, dict | None]) -> dict[str, dict]:

@@ -54,12 +54,16 @@ class ModuleEntry:
 
 @dataclass
 class PackedWeights:
-    """A checkpoint after reading: what is packed, what shares it, and every tensor of the model by its full name."""
+    """A checkpoint after reading: what is packed, what shares it, and every tensor of the model by its full name.
+
+    checked: whether values of scales, zeros and permutations were looked at; if not, each module does when first used.
+    """
 
     entries: dict[str, ModuleEntry]
     matrices: dict[str, PackedMatrix]
     shared: dict[str, str]  # module -> the module whose matrix it uses
     tensors: dict[str, torch.Tensor]
+    checked: bool = True
 
 
 # ---- reading ----
@@ -109,14 +113,17 @@ def _parse_entry(value: object, where: str) -> ModuleEntry:
     return entry
 
 
-def read_packed(weights: Weights, quantization_config: Mapping, where: str, in_memory: bool | None) -> PackedWeights:
+def read_packed(
+    weights: Weights, quantization_config: Mapping, where: str, in_memory: bool | None, on_demand: bool = False
+) -> PackedWeights:
     """Reads and checks every tensor's metadata, and every scale, zero and permutation. Codes stay in the mapped file,
     or (`in_memory`) are copied, a matrix at a time, to anonymous memory with huge pages. None: copied when the codes
-    are large enough to gain from huge pages, the system offers them, and the memory is free.
+    are large enough to gain from huge pages, the system offers them, and the memory is free. on_demand: nothing but
+    metadata is read.
     """
     entries = parse_entries(quantization_config, where)
     _check_metadata(weights, entries)
-    packed = [name for name, entry in entries.items() if entry.shared_with is None and _is_packed(name, weights)]
+    packed = [name for name, entry in entries.items() if entry.shared_with is None and is_packed(name, weights)]
     shared = {
         name: entry.shared_with
         for name, entry in entries.items()
@@ -124,15 +131,15 @@ def read_packed(weights: Weights, quantization_config: Mapping, where: str, in_m
     }
     _refuse_strays(weights, set(packed))
     if in_memory is None:
-        in_memory = _copying_pays(
+        in_memory = not on_demand and _copying_pays(
             sum(weights.entry(f"{name}.weight").end - weights.entry(f"{name}.weight").begin for name in packed)
         )
-    matrices = {name: _read_matrix(name, entries[name], weights, in_memory) for name in packed}
+    matrices = {name: read_matrix(name, entries[name], weights, in_memory, not on_demand) for name in packed}
     own = {f"{name}.{part}" for name in packed for part in PARTS}
     tensors = {name: weights[name] for name in weights if name not in own}
     for name, matrix in matrices.items():
         tensors.update(named_parts(name, matrix))
-    return PackedWeights(entries, matrices, shared, tensors)
+    return PackedWeights(entries, matrices, shared, tensors, checked=not on_demand)
 
 
 def named_parts(name: str, matrix: PackedMatrix) -> dict[str, torch.Tensor]:
@@ -140,7 +147,8 @@ def named_parts(name: str, matrix: PackedMatrix) -> dict[str, torch.Tensor]:
     return {f"{name}.{part}": tensor for part, tensor in matrix.tensors.items()}
 
 
-def _is_packed(name: str, weights: Weights) -> bool:
+def is_packed(name: str, weights: Weights) -> bool:
+    """Whether a module that was saved packed still is. Raises ValueError where it is neither that nor float."""
     weight = weights.entry(f"{name}.weight") if f"{name}.weight" in weights else None
     packed_parts = [part for part in PARTS[1:] if f"{name}.{part}" in weights]
     if weight is not None and weight.dtype.is_floating_point and not packed_parts:
@@ -188,12 +196,22 @@ def _check_metadata(weights: Weights, entries: dict[str, ModuleEntry]) -> None:
                 )
 
 
-def _read_matrix(name: str, entry: ModuleEntry, weights: Weights, in_memory: bool) -> PackedMatrix:
+def read_matrix(
+    name: str, entry: ModuleEntry, weights: Weights, in_memory: bool, validate: bool = True
+) -> PackedMatrix:
+    """The matrix of one module. validate: look at its values too."""
     codes, scales = weights[f"{name}.weight"], weights[f"{name}.weight_scale"]
     zeros, perm = (weights.get(f"{name}.{part}") for part in PARTS[2:])
     try:
         matrix = PackedMatrix(
-            codes, scales, zeros, perm, format=entry.format, cols=entry.cols, group_size=entry.group_size
+            codes,
+            scales,
+            zeros,
+            perm,
+            format=entry.format,
+            cols=entry.cols,
+            group_size=entry.group_size,
+            validate=validate,
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{weights.path(f'{name}.weight')}: {name}: {error}") from None
@@ -310,10 +328,12 @@ __all__ = [
     "PackedWeights",
     "describe",
     "file_metadata",
+    "is_packed",
     "named_parts",
     "packed_modules",
     "parse_entries",
     "quantization_config",
+    "read_matrix",
     "read_packed",
     "split_ties",
 ]

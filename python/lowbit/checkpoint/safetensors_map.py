@@ -29,6 +29,8 @@ ALIGNMENT = 64
 HEADER_LIMIT = 25_000_000  # bytes; safetensors allows 100 MB, whose JSON could grow to gigabytes of Python objects
 INDEX = "model.safetensors.index.json"
 
+_MAP_NORESERVE = 0x4000  # Linux's; Python names it from 3.11 on
+
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -86,7 +88,10 @@ class SafetensorsFile:
             self.metadata = self._checked_metadata(header.pop("__metadata__", {}))
             self.entries = {name: self._checked_entry(name, value, 8 + length, size) for name, value in header.items()}
             self._check_cover(8 + length, size)
-            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+            # Private and writable, as torch wants its memory; not reserved, so that a file larger than memory maps.
+            self._map = mmap.mmap(
+                file.fileno(), size, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            )
 
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the mapped file, or a copy where the file does not align the tensor to its elements."""

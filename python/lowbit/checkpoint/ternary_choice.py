@@ -54,7 +54,7 @@ def hold_ternary(model: torch.nn.Module, choice: str) -> None:
             mode = "int8" if "int8" in modes else "float"
             held[key] = matrix.repack(choose_ternary(*matrix.shape, mode) if choice == "auto" else choice)
         if held[key].format != matrix.format:
-            module.load(held[key])
+            module._put(held[key])
             module.stored_format = matrix.format
 
 

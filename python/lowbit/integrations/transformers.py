@@ -8,7 +8,7 @@ recomputing the buffers that no file holds (rotary frequencies, position ids).
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -76,7 +76,7 @@ class LowbitQuantizer(HfQuantizer):
         for name, matrix in self._packed.matrices.items():
             module = model.get_submodule(name)
             # Transformers assigns the tensors that it read, perhaps onto another device.
-            module.load(
+            module._put(
                 PackedMatrix(
                     module.weight,
                     module.weight_scale,
@@ -88,8 +88,10 @@ class LowbitQuantizer(HfQuantizer):
                     validate=False,
                 )
             )
+            module.check_on_use = not self._packed.checked
         for name, source in self._packed.shared.items():
-            model.get_submodule(name).load(model.get_submodule(source).packed)
+            model.get_submodule(name)._put(model.get_submodule(source).packed)
+        models.adopt(model)
         self._packed = None
         return model
 
@@ -120,6 +122,7 @@ def build_model(config: transformers.PreTrainedConfig, packed: native.PackedWeig
     where = str(folder)
     model_class = _model_class(config, where)
     dtype = _dtype(config, packed)
+    require_equal_ties(config, packed.tensors, where, packed.matrices)
     for name in packed.entries.keys() - packed.matrices.keys() - packed.shared.keys():
         # A float weight that someone put in the place of a packed one, perhaps in a dtype of their own.
         if f"{name}.weight" in packed.tensors:
@@ -148,9 +151,11 @@ def build_model(config: transformers.PreTrainedConfig, packed: native.PackedWeig
     return model, sorted(info["unexpected_keys"])
 
 
-def load_plain(folder: Path, config: transformers.PreTrainedConfig):
-    """A model without packed modules, read by Transformers itself. Raises ValueError where that fails."""
+def load_plain(folder: Path, config: transformers.PreTrainedConfig, weights: Weights):
+    """A model without packed modules, read by Transformers itself. Raises ValueError where that fails, or where two
+    tables that the configuration ties differ in the files."""
     model_class = _model_class(config, str(folder))
+    require_equal_ties(config, weights, str(folder))
     try:
         with _quietly():
             return model_class.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
@@ -158,6 +163,26 @@ def load_plain(folder: Path, config: transformers.PreTrainedConfig):
         raise FileNotFoundError(f"{folder}: {error}") from error
     except Exception as error:  # damaged files fail in their own way for every model type
         raise ValueError(f"{folder}: {error}") from error
+
+
+def require_equal_ties(
+    config: transformers.PreTrainedConfig, weights: Mapping[str, torch.Tensor], where: str, packed: Collection[str] = ()
+) -> None:
+    """Raises ValueError naming the modules whose weights the configuration ties and the files hold twice, differing:
+    one of them would have to be lost. packed: names of modules that do not hold a plain weight."""
+    if not getattr(config.get_text_config(), "tie_word_embeddings", False):
+        return
+    pairs = getattr(meta_model(config, where), "all_tied_weights_keys", {})
+    for target, source in pairs.items():
+        if {target.rpartition(".")[0], source.rpartition(".")[0]} & set(packed):
+            continue
+        if target in weights and source in weights:
+            first, second = weights[target], weights[source]
+            if first.dtype != second.dtype or first.shape != second.shape or not torch.equal(first, second):
+                raise ValueError(
+                    f"{where}: {target} and {source}: expected one table (tie_word_embeddings), got two that differ: "
+                    "set tie_word_embeddings to false to keep both, or remove one"
+                )
 
 
 def meta_model(config: transformers.PreTrainedConfig, where: str):
@@ -185,7 +210,6 @@ def _install(model, packed: native.PackedWeights) -> None:
         module = _original(model, name, entry)
         _settle_bias(name, module, packed.tensors, matrix.rows)
         matrices[name], activations[name] = matrix, entry.activations
-    _untie(model, set(matrices))
     models.patch(model, matrices, activations=activations)
     for name, matrix in matrices.items():
         if (eps := packed.entries[name].rms_norm_eps) is not None:
@@ -201,7 +225,7 @@ def _original(model, name: str, entry: native.ModuleEntry) -> torch.nn.Module:
         raise ValueError(f"{name}: expected a module of {type(model).__name__}, which has none of that name") from None
     if not models.has_matrix(module):
         raise ValueError(f"{name}: expected a linear layer or an embedding, got {type(module).__name__}")
-    kind = "embedding" if isinstance(module, torch.nn.Embedding) else "linear"
+    kind = "embedding" if models.is_table(module) else "linear"
     if kind != entry.kind:
         raise ValueError(f"{name}: kind: expected {kind} (a {type(module).__name__}), got {entry.kind}")
     scale = getattr(module, "embed_scale", None)
@@ -220,7 +244,7 @@ def _settle_bias(name: str, module: torch.nn.Module, tensors: dict[str, torch.Te
     bias = tensors.get(f"{name}.bias")
     if bias is None or getattr(module, "bias", None) is not None:
         return
-    if isinstance(module, torch.nn.Embedding) or bias.shape != (rows,) or not bias.is_floating_point():
+    if models.is_table(module) or bias.shape != (rows,) or not bias.is_floating_point():
         raise ValueError(
             f"{name}.bias: expected floats [{rows}] of a linear layer, got {bias.dtype} {list(bias.shape)}"
         )
@@ -228,19 +252,6 @@ def _settle_bias(name: str, module: torch.nn.Module, tensors: dict[str, torch.Te
         del tensors[f"{name}.bias"]
     else:
         module.bias = torch.nn.Parameter(torch.empty_like(bias, device="meta"))
-
-
-def _untie(model, packed_names: set[str]) -> None:
-    """Takes packed tables out of Transformers' own tying, which shares parameters: ours share matrices."""
-    split = False
-    for target, source in list(model.all_tied_weights_keys.items()):
-        names = {target.rpartition(".")[0], source.rpartition(".")[0]}
-        if names & packed_names:
-            del model.all_tied_weights_keys[target]
-            split |= not names <= packed_names
-    if split:
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
 
 
 def _remember_folder(model, folder: Path) -> None:
