@@ -264,7 +264,7 @@ def test_transformers_refuses_them_too(copied):
 
 def test_tensors_that_the_model_lacks_or_needs(copied):
     rewrite(copied, lambda tensors: tensors.update({"model.extra": torch.zeros(3)}))
-    with pytest.raises(ValueError, match="expected tensors of LlamaForCausalLM only, got 1 others: model.extra"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM only, got 1 others"):
         lowbit.load(copied)
     with pytest.warns(UserWarning, match="got 1 others: model.extra"):
         assert lowbit.load(copied, strict=False).model.layers[0].mlp.up_proj.packed is not None
