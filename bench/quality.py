@@ -96,7 +96,7 @@ def measure(folder: Path, chosen: dict[str, dict], sizes: list[tuple[int, int]],
     for bits, group_size in sizes:
         for variant, change, number in expand(chosen, texts):
             model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-            recipe = lowbit.Recipe(bits=bits, group_size=group_size, **change)
+            recipe = lowbit.Recipe(bits=bits, group_size=group_size, head_bits=16, embed_bits=16, **change)
             report = lowbit.quantize(model, calibration(number), recipe, tokenizer=tokenizer, context=CONTEXT)
             result = evaluate(model, ids, reference=reference, context=CONTEXT)
             rows.append(

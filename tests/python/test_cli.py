@@ -299,13 +299,17 @@ def test_quantize_json(capsys, model, text, tmp_path):
     )
     assert report["recipe"]["bits"] == 3
     assert report["calibration"] == {"source": str(text), "windows": 3, "context": 64, "tokens": 192}
-    assert len(report["modules"]) == report["totals"]["modules"] == 14
+    assert len(report["modules"]) == report["totals"]["modules"] == 15
+    table = report["modules"].pop(0)  # head and embedding at once
+    assert (table["name"], table["format"], table["method"]) == ("model.embed_tokens", "int8", "gptq")
+    assert 0 < table["kl_divergence"] < 0.01 and f"KL {table['kl_divergence']:.2g} by itself" in progress
     assert {row["format"] for row in report["modules"]} == {"int3"}
     assert report["totals"]["bytes_after"] < report["totals"]["bytes_before"]
-    assert [row["name"] for row in report["kept"]] == ["model.embed_tokens"]
+    assert report["kept"] == []
     figures = report["evaluation"]
     assert figures["context"] == 64 and figures["kl_divergence"] > 0
     assert figures["perplexity"] == pytest.approx(figures["reference_perplexity"], rel=0.2)
+    report["modules"].insert(0, table)
     assert report == {**json.loads((tmp_path / "report.json").read_text()), "report": str(tmp_path / "report.html")}
     assert "model.layers.1.mlp.down_proj" in (tmp_path / "report.html").read_text("utf-8")
     for label in ("doctor", "plan", "text", "done"):
@@ -319,7 +323,7 @@ def test_quantize_prints_for_people(capsys, model, tmp_path):
     captured = capsys.readouterr()
     assert captured.err == "" and not ANSI.search(captured.out)
     assert "rounded to nearest" in captured.out
-    assert "14 of 15 matrices" in captured.out
+    assert "15 of 15 matrices" in captured.out
     assert not (out / "report.html").exists() and not (out / "report.json").exists()
     assert (out / "model.safetensors").is_file() and (out / "tokenizer.json").is_file()
 
@@ -330,7 +334,7 @@ def test_quantize_calibrates_on_python_by_default_and_says_so(capsys, model, tmp
     )
     assert "Python's standard library" in report["calibration"]["source"]
     assert report["calibration"]["tokens"] == 64
-    assert len(report["modules"]) == 7
+    assert len(report["modules"]) == 8
 
 
 def test_sensitivity_says_how_to_quantize_and_quantize_does_so(capsys, model, text, tmp_path):
@@ -400,7 +404,7 @@ def test_quantize_within_a_budget(capsys, model, text, tmp_path):
 
 def test_force_replaces_a_quantized_model(capsys, model, tmp_path):
     for bits in (8, 2):
-        arguments = ["--method", "rtn", "--bits", str(bits), "--force"]
+        arguments = ["--method", "rtn", "--bits", str(bits), "--embed-bits", "16", "--force"]
         assert main(["quantize", str(model), "-o", str(tmp_path), *arguments]) == 0
     capsys.readouterr()
     facts, _ = run_json(capsys, "inspect", tmp_path)

@@ -20,8 +20,15 @@ _MEASURED_WINDOWS = 8  # on which a budget measures attention, MLP and tables in
 FORMATS = ("lowbit", "gptq", "gptq_v2", "bitnet", "bitnet_auto")
 
 # The options that quantize and ternarize share.
-HeadBitsOption = Annotated[str, typer.Option(help="Bits of the output head, or trit; 16 leaves it.")]
-EmbedBitsOption = Annotated[str, typer.Option(help="Bits of the token embedding, or trit; 16 leaves it.")]
+HeadBitsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Bits of the output head, or trit; 16 leaves it. Default: 8 where it is the embedding too, or 16."
+    ),
+]
+EmbedBitsOption = Annotated[
+    str | None, typer.Option(help="Of the token embedding, or trit; 16 leaves it. Default: as for the head.")
+]
 RuleOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -71,8 +78,14 @@ def quantize(
     symmetric: Annotated[
         bool, typer.Option("--symmetric/--asymmetric", help="Without or with stored zero points.")
     ] = True,
-    head_bits: HeadBitsOption = "16",
-    embed_bits: EmbedBitsOption = "16",
+    head_bits: HeadBitsOption = None,
+    embed_bits: EmbedBitsOption = None,
+    embed: Annotated[
+        str, typer.Option(help="own; or from-head: the embedding uses the head's table, if that costs little.")
+    ] = "own",
+    embed_bound: Annotated[
+        float, typer.Option(help="The most KL divergence that --embed from-head may cost; inf: whatever it costs.")
+    ] = 0.1,
     rule: RuleOption = None,
     recipe: Annotated[
         Path | None,
@@ -124,8 +137,10 @@ def quantize(
             bits=width(bits),
             group_size=group_size,
             symmetric=symmetric,
-            head_bits=width(head_bits),
-            embed_bits=width(embed_bits),
+            head_bits=width(head_bits, format),
+            embed_bits=width(embed_bits, format),
+            embed_from_head=_from_head(embed),
+            embed_bound=embed_bound,
             rules=rule or {},
             method=method,
             order=order,
@@ -155,7 +170,7 @@ def quantize(
     )
 
 
-_WIDTHS = ("bits", "head_bits", "embed_bits")
+_WIDTHS = ("bits", "head_bits", "embed_bits", "embed")
 _RECIPE_OPTIONS = (
     *("group_size", "symmetric", "method", "order", "damp", "clip", "correction", "scale_dtype", "activations"),
 )
@@ -185,9 +200,17 @@ def read_recipe(path: Path) -> Recipe:
     return Recipe.from_dict(values)
 
 
-def width(bits: str) -> int | str:
-    """An option's width as a recipe takes it."""
+def width(bits: str | None, format: str = "lowbit") -> int | str | None:
+    """An option's width as a recipe takes it. Left open, a table stays where the format of the files has none."""
+    if bits is None:
+        return None if format == "lowbit" else 16
     return int(bits) if bits.isdigit() else bits
+
+
+def _from_head(embed: str) -> bool:
+    if embed not in ("own", "from-head"):
+        raise ValueError(f"embed: expected own or from-head, got {embed!r}")
+    return embed == "from-head"
 
 
 def run(
@@ -397,6 +420,8 @@ class _Shown:
 
         layer, rest = self._split[row["name"]]
         note = row["fallback"] or {"rtn": "rounded to nearest", "exact": "ternary already"}.get(row["method"], "")
+        if row["kl_divergence"] is not None:
+            note = ", ".join(filter(None, [note, f"KL {row['kl_divergence']:.2g} by itself"]))
         self._table.row(
             (
                 "" if layer is None else str(layer),
@@ -415,6 +440,8 @@ class _Shown:
         self._bar.update(index + 1, total)
 
     def on_done(self, report: Report) -> None:
+        if report.embed_from_head is not None:
+            self._terminal.line("embedding", f"the head's table; by itself that costs KL {report.embed_from_head:.2g}")
         for parameter in report.unpatched:
             self._terminal.warn(
                 f"{parameter['name']} {_shape(parameter['shape'])} is no matrix of a module: left as it is"

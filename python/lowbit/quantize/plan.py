@@ -26,12 +26,13 @@ SMALLEST_SIDE = 32
 class PlannedModule:
     """One matrix and what becomes of it. It holds no weights, so a plan keeps none of them alive.
 
-    names: the modules that share the matrix, the first being the one reported; spec: how it is quantized, or
-    None with `reason` why it stays; bytes, packed_bytes: its weight now and, when quantized, afterwards.
+    names: the modules that share the matrix, the first being the one reported; kinds: what each of them is; spec: how
+    it is quantized, or None with `reason` why it stays; bytes, packed_bytes: its weight now and, when quantized,
+    afterwards.
     """
 
     names: tuple[str, ...]
-    kind: str
+    kinds: tuple[str, ...]
     is_table: bool
     shape: tuple[int, int]
     bytes: int
@@ -42,6 +43,10 @@ class PlannedModule:
     @property
     def name(self) -> str:
         return self.names[0]
+
+    @property
+    def kind(self) -> str:
+        return self.kinds[0]
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,8 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
         spec, reason = None, target.obstacle
     if spec is not None and spec.rule is None and min(target.shape) < SMALLEST_SIDE:
         spec, reason = None, f"fewer than {SMALLEST_SIDE} rows or columns"
-    if spec is not None and target.is_table:
-        # Rows moved by the errors of a head's Hessian would no longer be the embeddings that the blocks
-        # expect.
-        spec = replace(spec, method="rtn") if spec.method == "gptq" else spec
+    if spec is not None and target.is_table and spec.method == "gptq":
+        spec = _table_spec(spec, target, recipe)
     if spec is not None and isinstance(target.module, TernaryLinear):
         spec = _as_trained(spec, target.module)
     elif spec is not None and spec.format == "trit":
@@ -116,7 +119,7 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
             spec, reason = None, f"not ternary: {ternary_state(weight)}"
     return PlannedModule(
         names=target.names,
-        kind=target.kind,
+        kinds=target.kinds,
         is_table=target.is_table,
         shape=target.shape,
         bytes=weight_matrix(target.module).nbytes,
@@ -124,6 +127,16 @@ def _planned(target: Target, recipe: Recipe) -> PlannedModule:
         reason=reason,
         packed_bytes=packed_bytes(target.shape, spec) if spec is not None else 0,
     )
+
+
+def _table_spec(spec: ModuleSpec, target: Target, recipe: Recipe) -> ModuleSpec:
+    """How rows that are looked up are solved: as the rows of the head that shares them, held near the embeddings that
+    the blocks expect by more damping. A table without a head has no inputs to be solved for."""
+    if "head" not in target.kinds:
+        return replace(spec, method="rtn")
+    change = recipe.rule_for(target.name)[1]
+    damp = spec.damp if isinstance(change, dict) and "damp" in change else recipe.tied_damp
+    return replace(spec, damp=damp, correction="none")
 
 
 def _as_trained(spec: ModuleSpec, module: TernaryLinear) -> ModuleSpec:
@@ -146,9 +159,10 @@ def _resolve(target: Target, recipe: Recipe) -> tuple[ModuleSpec | None, str | N
     """The one specification for all modules of a target: a rule for any of them goes before the defaults, and
     a width before 16 bits, since a shared matrix that one module wants packed is packed for all."""
     by_rule, by_default = [], []
+    tied = {"embedding", "head"} <= set(target.kinds)
     for name, kind in zip(target.names, target.kinds, strict=True):
         pattern, _ = recipe.rule_for(name)
-        (by_rule if pattern is not None else by_default).append(recipe.for_module(name, kind))
+        (by_rule if pattern is not None else by_default).append(recipe.for_module(name, kind, tied))
     for specs in (by_rule, by_default):
         distinct = {replace(s, rule=None) for s in specs if s is not None}
         if len(distinct) > 1 or (specs is by_rule and distinct and None in specs):

@@ -149,10 +149,11 @@ def module_line(row: dict[str, Any]) -> str:
     rows, cols = row["shape"]
     error = "-" if row["relative_error"] is None else f"{row['relative_error']:.4f}"
     damp = "-" if row["damp"] is None else f"{row['damp']:g}"
+    alone = "" if row["kl_divergence"] is None else f"  KL {row['kl_divergence']:.5f} by itself"
     fallback = f"  {row['fallback']}" if row["fallback"] else ""
     return (
         f"{row['name']:<36} {f'{rows}×{cols}':>12}  {row['format']}  {error:>6}  "
-        f"{damp:>5}  {row['seconds']:.1f}s{fallback}"
+        f"{damp:>5}  {row['seconds']:.1f}s{alone}{fallback}"
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 TRIT_BITS = 1.6  # five trits in a byte
 BITS = (TRIT_BITS, 2, 3, 4, 8, 16)
+TIED_BITS = 8  # of a table that is head and embedding, unless asked otherwise: what 4 bits cost it shows
 KINDS = ("linear", "head", "embedding", "other")
 METHODS = ("gptq", "rtn", "exact")
 ORDERS = ("none", "act", "gar")
@@ -96,9 +97,13 @@ class Recipe:
                    nearest to the original network's outputs on the inputs that the quantized one has. It takes 4096
                    tokens or more, and a second network to run: the original. None: for widths up to 4 bits, where
                    there are as many tokens
-    head_bits, embed_bits    width of the output head and of the token embedding (16 leaves them). A table
-                   that both share stays one table: give both the same width, or leave one at 16 to follow the
-                   other
+    head_bits, embed_bits    width of the output head and of the token embedding; 16 leaves them. A table that both
+                   share stays one table: give both the same width, or one alone. None: 8 for a table that both
+                   share, 16 for tables of their own (and for all where `bits` is 16)
+    tied_damp      `damp` of a table that both share, which is solved for the head's inputs: the more, the nearer its
+                   rows stay to the embeddings that they were (docs/algorithms.md)
+    embed_from_head    whether the token embedding of a model with two tables gives its own up for the head's; refused
+                   where the KL divergence that this alone costs, measured on the calibration text, is above embed_bound
     rules          ordered {pattern: change}; a change is a width, "skip", "8:g64" (see `parse_change`) or a
                    dict of fields of this class. A list of pairs or of "pattern=change" strings is accepted
                    too
@@ -123,8 +128,11 @@ class Recipe:
     clip: bool | None = None
     damp: float = 0.01
     correction: str | None = None
-    head_bits: int | float | str = 16
-    embed_bits: int | float | str = 16
+    head_bits: int | float | str | None = None
+    embed_bits: int | float | str | None = None
+    tied_damp: float = 0.3
+    embed_from_head: bool = False
+    embed_bound: float = 0.1
     rules: Any = field(default_factory=dict)
     activations: str = "float"
     method: str = "gptq"
@@ -135,19 +143,32 @@ class Recipe:
             setattr(self, name, _width(getattr(self, name)))
         for name in _SPEC_FIELDS:
             _check(name, name, getattr(self, name))
-        _check("bits", "head_bits", self.head_bits)
-        _check("bits", "embed_bits", self.embed_bits)
-        _check_bool("true_sequential", self.true_sequential)
+        for name in ("head_bits", "embed_bits"):
+            if getattr(self, name) is not None:
+                _check("bits", name, getattr(self, name))
+        _check("damp", "tied_damp", self.tied_damp)
+        for name in ("true_sequential", "embed_from_head"):
+            _check_bool(name, getattr(self, name))
+        if not isinstance(self.embed_bound, int | float) or not self.embed_bound >= 0:
+            raise ValueError(f"embed_bound: expected a KL divergence of at least 0, got {self.embed_bound!r}")
         self.rules = _normalise_rules(self.rules)
 
-    def for_module(self, name: str, kind: str = "linear") -> ModuleSpec | None:
+    def for_module(self, name: str, kind: str = "linear", tied: bool = False) -> ModuleSpec | None:
         """The specification of one module, or None when it stays as it is.
 
-        name: the full module name; kind: "linear" (inside a block), "head", "embedding" or "other".
+        name: the full module name; kind: "linear" (inside a block), "head", "embedding" or "other"; tied: whether its
+        weight is head and token embedding at once.
         """
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        defaults = {"linear": self.bits, "head": self.head_bits, "embedding": self.embed_bits, "other": 16}
+        both_open = tied and self.head_bits is None and self.embed_bits is None and self.bits != 16
+        table_bits = TIED_BITS if both_open else 16
+        defaults = {
+            "linear": self.bits,
+            "head": table_bits if self.head_bits is None else self.head_bits,
+            "embedding": table_bits if self.embed_bits is None else self.embed_bits,
+            "other": 16,
+        }
         spec = ModuleSpec(**{n: getattr(self, n) for n in _SPEC_FIELDS})
         spec = replace(spec, bits=defaults[kind])
         pattern, change = self.rule_for(name)
@@ -156,6 +177,8 @@ class Recipe:
         if change is not None:
             # A rule that names no width means to change how a module is quantized, not whether it is.
             spec = replace(spec, **change, rule=pattern)
+        elif both_open and spec.method == "exact":
+            spec = replace(spec, method="rtn")  # asked of the ternary layers
         spec = _resolved(spec, name)
         if spec.correction is None and spec.bits > 4:
             spec = replace(spec, correction="none")
@@ -172,7 +195,7 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any module could be solved with a Hessian."""
         methods = {c.get("method", self.method) for c in self.rules.values() if c != "skip"}
-        return "gptq" in methods | {self.method}
+        return self.embed_from_head or "gptq" in methods | {self.method}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON; `from_dict` gives an equal recipe back."""

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lowbit.matrix import PackedMatrix
-from lowbit.models import find_targets, patch, weight_matrix
+from lowbit.models import adopt, find_targets, patch, replaced, weight_matrix
 from lowbit.nn import TernaryLinear
 from lowbit.quantize.correction import LEAST_TOKENS, Drift, LeastSquares
 from lowbit.quantize.gptq import Factor
@@ -32,6 +32,7 @@ from lowbit.quantize.packing import finite, relative_weight_error, rounded, solv
 from lowbit.quantize.plan import Plan, PlannedModule, make_plan
 from lowbit.quantize.progress import Progress
 from lowbit.quantize.recipe import Recipe
+from lowbit.quantize.tables import divergence, share_head
 from lowbit.quantize.walk import Walk, calibration_mode, calibration_windows, corrects, model_device
 
 
@@ -42,12 +43,15 @@ class Report:
     modules: one dict a packed matrix, in order of packing: name, names (all modules that share it), kind, shape
         [rows, cols], format, group_size, bits_per_weight, method, relative_error and its `error_of`: "output", the
         root of tr(dW H dWt) / tr(W H Wt), W being the corrected weights where there was a correction, or "weight",
-        |dW| / |W| where there was no calibration; tokens, damp and loss (None without calibration), correction (the one
-        made, or "none: " and the reason, or None when none was wanted), seconds, fallback (None, or what was done
-        otherwise than asked, and why). A figure that is no finite number is None
+        |dW| / |W| where there was no calibration; tokens, damp and loss (None without calibration), kl_divergence (of a
+        table of embeddings, what it does by itself, on the calibration text; else None), correction (the one made, or
+        "none: " and the reason, or None when none was wanted), seconds, fallback (None, or what was done otherwise than
+        asked, and why). A figure that is no finite number is None
     kept: one dict a matrix left as it was: name, names, kind, shape, reason
     unpatched: parameters with two or more dimensions that no module above holds (fused experts): name, shape
     calibration: windows, context and tokens, or None
+    embed_from_head: KL divergence of the model whose embedding uses the head's table, before anything is quantized, or
+        None where it was not asked for
     """
 
     recipe: dict[str, Any]
@@ -55,6 +59,7 @@ class Report:
     kept: list[dict[str, Any]] = field(default_factory=list)
     unpatched: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, int] | None = None
+    embed_from_head: float | None = None
     parameter_bytes: int = 0
     packed_parameter_bytes: int = 0
     seconds: float = 0.0
@@ -99,29 +104,30 @@ def quantize(
     recipe = Recipe() if recipe is None else recipe if isinstance(recipe, Recipe) else Recipe.from_dict(recipe)
     progress = progress if progress is not None else Progress()
     model_device(model)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     plan = make_plan(model, recipe)
     windows = None
-    if any(m.spec.method == "gptq" for m in plan.quantized):
+    if recipe.embed_from_head or any(m.spec.method == "gptq" for m in plan.quantized):
         if calibration is None:
             raise ValueError("calibration: expected data, got None (only method='rtn' needs none)")
         windows = calibration_windows(model, calibration, tokenizer, context=context, max_windows=max_windows)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    walk = {"batch_size": batch_size, "true_sequential": recipe.true_sequential, "progress": progress}
+    damage = None
+    if recipe.embed_from_head:
+        with torch.no_grad(), calibration_mode(model):
+            before = Walk(model, (), windows, **walk)
+            damage = share_head(model, before.forward, before.batches, recipe.embed_bound)
+        plan = make_plan(model, recipe)
 
     report = _new_report(model, recipe, plan, windows)
+    report.embed_from_head = damage
     progress.on_plan(plan)
-    run = _Run(
-        model,
-        plan.quantized,
-        windows,
-        batch_size=batch_size,
-        true_sequential=recipe.true_sequential,
-        progress=progress,
-        report=report,
-    )
+    run = _Run(model, plan.quantized, windows, report=report, **walk)
     # Not inference_mode here: tensors made in it could not be used in training afterwards.
     with torch.no_grad(), calibration_mode(model):
         run.everything()
+    adopt(model)
     report.packed_parameter_bytes -= sum(m.packed_bytes for m in plan.quantized) - run.packed_bytes
     report.seconds = time.monotonic() - start
     model._lowbit_report = report
@@ -192,8 +198,9 @@ class _Run(Walk):
             self._pack(planned, solution.packed, figures, time.monotonic() - begin)
 
     def _pack(self, planned: PlannedModule, packed: PackedMatrix, figures: dict[str, Any], seconds: float) -> None:
+        replaced_modules = {name: self.model.get_submodule(name) for name in planned.names}
         if self.originals is not None:
-            self.originals |= {name: self.model.get_submodule(name) for name in planned.names}
+            self.originals |= replaced_modules
         patch(self.model, dict.fromkeys(planned.names, packed), activations=planned.spec.activations)
         del self.left[planned.name]
         self.packed_bytes += packed.nbytes
@@ -211,6 +218,7 @@ class _Run(Walk):
             "tokens": 0,
             "damp": None,
             "loss": None,
+            "kl_divergence": self._damage(replaced_modules) if planned.is_table else None,
             "correction": None,
             "seconds": seconds,
             "fallback": None,
@@ -218,6 +226,15 @@ class _Run(Walk):
         figures = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
         self.report.modules.append(row | figures)
         self.progress.on_module(self.report.modules[-1])
+
+    def _damage(self, originals: dict[str, nn.Module]) -> float | None:
+        """What one table that was just packed does to the predictions of the network as it is."""
+
+        def reference(batch: int) -> object:
+            with replaced(self.model, originals):
+                return self.forward(batch)
+
+        return divergence(self.forward, reference, self.batches)
 
 
 def _correction(hessian: torch.Tensor, tokens: int, drift: Drift | None) -> tuple[LeastSquares | None, str | None]:

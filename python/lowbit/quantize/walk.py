@@ -77,7 +77,15 @@ class Walk:
         raise NotImplementedError
 
     def tables(self) -> None:
-        self.without_inputs([m for m in self.left.values() if m.is_table], None)
+        """Tables before the blocks, which are then calibrated on what the tables give. One that is a head as well is
+        solved for the head's inputs in the network as it is now."""
+        for planned in [m for m in self.left.values() if m.is_table and self.wants_inputs(m)]:
+            head = planned.names[planned.kinds.index("head")]
+            module = {planned.name: self.model.get_submodule(head)}
+            hessian = self.hessians(self.forward, [[planned.name]], module, True, None, {})[planned.name]
+            if hessian.tokens:
+                self.with_inputs([planned.name], hessian, None)
+        self.without_inputs([m for m in self.left.values() if m.is_table and not self.wants_inputs(m)], None)
 
     def calibrated(self) -> None:
         """Everything that a forward pass of the model reaches."""
