@@ -9,7 +9,7 @@ names) are one target and stay one matrix.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -187,21 +187,31 @@ def patch(
         replacements.append((name, made[id(old)]))
     for name, new in replacements:
         replace_module(model, name, new)
-    untie(model, set(matrices))
+    settle_ties(model)
 
 
-def untie(model: nn.Module, packed_names: Collection[str]) -> None:
-    """Takes packed tables out of Transformers' own tying, which shares parameters: ours share matrices. The
-    configuration goes on saying that a table is tied, unless only one of the modules is packed."""
+def settle_ties(model: nn.Module) -> None:
+    """Keeps Transformers' own tying, which shares parameters by name, true to what the modules of a model hold: a
+    packed table is not its business, since ours share matrices; and where a head and an embedding that the
+    configuration ties hold different weights, the configuration no longer says that they are tied."""
+    expand = getattr(model, "get_expanded_tied_weights_keys", None)
     split = False
-    for target, source in list(getattr(model, "all_tied_weights_keys", {}).items()):
-        names = {target.rpartition(".")[0], source.rpartition(".")[0]}
-        if names & set(packed_names):
-            del model.all_tied_weights_keys[target]
-            split |= not names <= set(packed_names)
+    for target, source in (expand(all_submodels=True) if expand else {}).items():
+        first, second = (_held(model, name) for name in (target, source))
+        if first is not None and second is not None and first.is_meta and second.is_meta:
+            continue  # a model that is being loaded: they will be tied then
+        shared = first is not None and second is not None and first.data_ptr() == second.data_ptr()
+        if not shared or not first.is_floating_point():
+            model.all_tied_weights_keys.pop(target, None)
+        split |= not shared
     if split:
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             config.tie_word_embeddings = False
+
+
+def _held(model: nn.Module, name: str) -> torch.Tensor | None:
+    module, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(module), attribute)
 
 
 def _packed_module(name: str, old: nn.Module, packed: PackedMatrix, activations: str) -> nn.Module:
@@ -211,17 +221,20 @@ def _packed_module(name: str, old: nn.Module, packed: PackedMatrix, activations:
         raise ValueError(
             f"{name}: expected a packed matrix of shape {tuple(weight_matrix(old).shape)}, got {packed.shape}"
         )
-    return _module_like(name, old, packed, activations)
+    return module_like(name, old, packed, activations)
 
 
-def _module_like(name: str, old: nn.Module, weight: PackedMatrix | torch.Tensor, activations: str) -> nn.Module:
-    """A lowbit.nn module that does with a weight what `old` does with its own."""
+def module_like(
+    name: str, old: nn.Module, weight: PackedMatrix | torch.Tensor, activations: str | None = None
+) -> lowbit_nn.Linear | lowbit_nn.Embedding:
+    """A lowbit.nn module, called `name`, that does with a weight what `old` does with its own; activations: None for
+    those of `old`, "float" where it has none."""
     rows, cols = weight.shape
     if is_table(old):
-        new = lowbit_nn.Embedding(
-            rows, cols, padding_idx=old.padding_idx, dtype=old.weight.dtype, embed_scale=_embed_scale(old)
-        )
+        dtype = old.dtype if isinstance(old, lowbit_nn.Embedding) else old.weight.dtype
+        new = lowbit_nn.Embedding(rows, cols, padding_idx=old.padding_idx, dtype=dtype, embed_scale=_embed_scale(old))
     else:
+        activations = getattr(old, "activations", "float") if activations is None else activations
         new = lowbit_nn.Linear(cols, rows, bias=old.bias, activations=activations)
         new.rms_norm = getattr(old, "rms_norm", None)
     new.name = name
@@ -239,7 +252,47 @@ def adopt(model: nn.Module) -> None:
         for name, kind in zip(target.names, target.kinds, strict=True):
             module = model.get_submodule(name)
             if kind in ("embedding", "head") and type(module).__module__.startswith("torch.nn"):
-                replace_module(model, name, _module_like(name, module, module.weight, "float"))
+                replace_module(model, name, module_like(name, module, module.weight))
+
+
+def embedding_and_head(model: nn.Module) -> tuple[str | None, str | None]:
+    """The names of a model's token embedding and of its head, packed or not; None for what it lacks."""
+    places = {id(module): name for name, module in reversed(list(model.named_modules()))}
+    found = []
+    for accessor in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, accessor)()
+        except (AttributeError, NotImplementedError):
+            module = None
+        known = isinstance(module, lowbit_nn.PackedModule) or (isinstance(module, nn.Module) and has_matrix(module))
+        found.append(places.get(id(module)) if known else None)
+    return found[0], found[1]
+
+
+def set_weights(model: nn.Module, weights: Mapping[str, PackedMatrix | torch.Tensor]) -> None:
+    """Gives modules of a model {full name: weight} other weights, [rows, cols] as those they have: by their own load()
+    where they are of lowbit.nn, else by putting such a module in the place. What shared a table with one of them keeps
+    it; if the configuration said that they are tied it no longer does, unless they hold one weight again.
+
+    Raises ValueError or TypeError, naming the module, for a weight that does not fit, AttributeError for a module that
+    does not exist; the model is then as it was.
+    """
+    made = {}
+    for name, weight in weights.items():
+        module = model.get_submodule(name)
+        if not (isinstance(module, lowbit_nn.PackedModule) or has_matrix(module)) or is_conv1d(module):
+            raise ValueError(f"{name}: expected a linear layer or an embedding, got {type(module).__name__}")
+        made[name] = module_like(name, module, weight)
+        rows, cols = module._shape if isinstance(module, lowbit_nn.PackedModule) else module.weight.shape
+        if tuple(weight.shape) != (rows, cols):
+            raise ValueError(f"{name}: weight: expected shape {[rows, cols]}, got {list(weight.shape)}")
+    for name, new in made.items():
+        old = model.get_submodule(name)
+        if isinstance(old, lowbit_nn.PackedModule):
+            old._put(weights[name])
+        else:
+            replace_module(model, name, new)
+    settle_ties(model)
 
 
 def _outermost_block_lists(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowbit.cli.terminal import DebugOption, JsonOption, Terminal
+from lowbit.cli.terminal import DebugOption, JsonOption, Terminal, ThreadsOption
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +22,29 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every file with the manifest's SHA-256 first.")
     ] = False,
+    costs: Annotated[
+        bool,
+        typer.Option(
+            "--costs",
+            help="What the embedding and the head cost at 16, 8 and 4 bits: bytes, time a token, KL divergence.",
+        ),
+    ] = False,
+    against: Annotated[
+        str | None,
+        typer.Option(help="With --costs: the original model, to measure KL divergence from. Default: MODEL as it is."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="With --costs: UTF-8 text file; repeatable. Default: Python library source."),
+    ] = None,
+    threads: ThreadsOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show a model's modules, from its files.
 
     Format, shape, group size, bits per weight, bytes, range of the scales. Reads lowbit, GPTQ and BitNet
-    checkpoints and plain ones; no model is built and no weight is unpacked.
+    checkpoints and plain ones; no model is built and no weight is unpacked, unless --costs asks for it.
     """
     terminal = Terminal(json)
 
@@ -41,6 +57,8 @@ def inspect(
     verified = safe_write.verify(folder if folder.is_dir() else folder.parent) if verify else None
     facts = examine(folder)
     facts["verified_files"] = verified
+    if costs:
+        facts["costs"] = _costs(terminal, folder, against, text, threads)
     if json:
         terminal.emit(facts)
         return
@@ -64,6 +82,66 @@ def inspect(
     )
     if verified is not None:
         terminal.line("verified", f"{_count(len(verified), 'file')} with the size and SHA-256 of the manifest")
+    if costs:
+        _show_costs(terminal, facts["costs"])
+
+
+_COST_WINDOWS = 16
+
+
+def _costs(
+    terminal: Terminal, folder: Path, against: str | None, text: list[str] | None, threads: int
+) -> dict[str, Any]:
+    """{"against", "text", "tokens", "threads", "choices": [Cost as a dict]} of a folder."""
+    from lowbit import _C
+    from lowbit.cli import evaluate, torch_options
+    from lowbit.costs import measure
+    from lowbit.evaluate import default_context, encode, windows
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: --costs: expected the folder of a model, got a file")
+    torch_options.set_threads(threads)
+    texts, source = evaluate.read_texts(text)
+    ids = encode(torch_options.load_tokenizer(folder), texts)
+    model = torch_options.load_model(folder)
+    reference = torch_options.load_model(torch_options.model_folder(against)) if against else None
+    context = min(default_context(model), 512)
+    pieces = windows(ids[: context * _COST_WINDOWS], context)
+    with terminal.progress("choices") as progress:
+        choices = measure(model, pieces, reference, progress=progress.update)
+    return {
+        "against": against,
+        "text": source,
+        "tokens": sum(map(len, pieces)),
+        "threads": _C.threads(),
+        "choices": [choice.to_dict() for choice in choices],
+    }
+
+
+def _show_costs(terminal: Terminal, costs: dict[str, Any]) -> None:
+    from lowbit.report import human_bytes, human_figure
+
+    terminal.print()
+    titles = ("part", "format", "bytes", "µs a token", "KL", "")
+    terminal.table(
+        titles,
+        [
+            (
+                choice["part"],
+                choice["format"],
+                human_bytes(choice["bytes"]),
+                f"{choice['microseconds']:.1f}",
+                human_figure(choice["kl_divergence"]),
+                "now" if choice["now"] else "",
+            )
+            for choice in costs["choices"]
+        ],
+        numbers=titles[2:5],
+    )
+    reference = costs["against"] or "the model as it is"
+    terminal.line(
+        "KL", f"nats a position from {reference}, on {costs['tokens']:,} tokens of {costs['text']}; packed by rounding"
+    )
 
 
 def examine(path: Path) -> dict[str, Any]:

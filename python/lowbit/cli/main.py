@@ -146,7 +146,7 @@ def _describe(error: Exception) -> str:
 def _app():
     import typer
 
-    from lowbit.cli import bench, doctor, evaluate, generate, inspect, quantize, sensitivity, ternarize
+    from lowbit.cli import bench, doctor, evaluate, generate, head, inspect, quantize, sensitivity, ternarize
     from lowbit.cli.terminal import DebugOption
 
     app = typer.Typer(
@@ -178,6 +178,7 @@ def _app():
     app.command("ternarize")(ternarize.ternarize)
     app.command("sensitivity")(sensitivity.sensitivity)
     app.command("inspect")(inspect.inspect)
+    app.command("head")(head.head)
     app.command("eval")(evaluate.evaluate)
     app.command("generate")(generate.generate)
     app.command("doctor")(doctor.doctor)

@@ -113,6 +113,13 @@ class LowbitQuantizer(HfQuantizer):
         return True
 
 
+def attach(model: torch.nn.Module) -> None:
+    """Lets a Transformers model that was packed in memory save itself: save_pretrained asks the quantizer of the model
+    what to write. Other models are left alone."""
+    if isinstance(model, transformers.PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+        model.hf_quantizer = LowbitQuantizer(LowbitConfig(), pre_quantized=True)
+
+
 def build_model(config: transformers.PreTrainedConfig, packed: native.PackedWeights, folder: Path):
     """(A Transformers model in evaluation mode, on the CPU, that uses the given tensors where they lie; the names of
     tensors that it has no use for).

@@ -14,6 +14,7 @@ model, the windows and the recipe.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -128,6 +129,10 @@ def quantize(
     with torch.no_grad(), calibration_mode(model):
         run.everything()
     adopt(model)
+    if "transformers" in sys.modules:
+        from lowbit.integrations.transformers import attach
+
+        attach(model)
     report.packed_parameter_bytes -= sum(m.packed_bytes for m in plan.quantized) - run.packed_bytes
     report.seconds = time.monotonic() - start
     model._lowbit_report = report
