@@ -34,7 +34,13 @@ from lowbit.evaluate import evaluate
 
 MODEL = Path(__file__).parents[1] / "tests" / "data" / "tiny-ternary-code"
 CONTEXT = 256
-RECIPE = {"bits": "trit", "method": "rtn", "group_size": -1, "per_tensor": True, "head_bits": 16}  # lowbit ternarize --method absmean
+RECIPE = {
+    "bits": "trit",
+    "method": "rtn",
+    "group_size": -1,
+    "per_tensor": True,
+    "head_bits": 16,
+}  # lowbit ternarize --method absmean
 DTYPES = (torch.float32, torch.bfloat16)
 
 

@@ -45,6 +45,8 @@ def hold_ternary(model: torch.nn.Module, choice: str) -> None:
 
     Matrices stay shared. Modules remember what they were stored as (`stored_format`), and are saved so.
     """
+    if choice == "trit":
+        return
     held: dict[int, PackedMatrix] = {}
     modules = [(module, matrix) for _, module, matrix in packed_modules(model) if matrix.format == "trit"]
     for module, matrix in modules:

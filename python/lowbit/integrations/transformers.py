@@ -73,24 +73,17 @@ class LowbitQuantizer(HfQuantizer):
             _install(model, self._packed)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        made = {}
         for name, matrix in self._packed.matrices.items():
-            module = model.get_submodule(name)
+            module, layout = model.get_submodule(name), matrix.layout
             # Transformers assigns the tensors that it read, perhaps onto another device.
-            module._put(
-                PackedMatrix(
-                    module.weight,
-                    module.weight_scale,
-                    module.weight_zero,
-                    module.weight_perm,
-                    format=matrix.format,
-                    cols=matrix.cols,
-                    group_size=matrix.group_size,
-                    validate=False,
-                )
-            )
+            tensors = (module.weight, module.weight_scale, module.weight_zero, module.weight_perm)
+            options = {"format": layout.format, "cols": layout.cols, "group_size": layout.group_size}
+            made[name] = PackedMatrix(*tensors, **options, validate=False)
+        for name, owner in {**{name: name for name in made}, **self._packed.shared}.items():
+            module = model.get_submodule(name)
+            module._put(made[owner])
             module.check_on_use = not self._packed.checked
-        for name, source in self._packed.shared.items():
-            model.get_submodule(name)._put(model.get_submodule(source).packed)
         models.adopt(model)
         self._packed = None
         return model
