@@ -4,7 +4,7 @@
 weights). Three things are measured, each in a process of its own:
 
     loaded      files, weights, and how much of the process is resident once every weight has been read (one forward
-                pass of one token), less what the process took before
+                pass of one token), less what the process took before, a small model run already
     on demand   the model opened with lowbit.load(on_demand=True); then one layer run
     too large   a model larger than the machine's memory (a file of holes: codes and scales 0), opened on demand, a
                 layer run, and another
@@ -48,7 +48,8 @@ def arithmetic(config: object) -> int:
 
 
 def child(kind: str, folder: str) -> dict:
-    """Memory of this process, in MB, before and after the steps of one measurement."""
+    """Memory of this process, in MiB, before and after the steps of one measurement."""
+    import folders
     import torch
     import transformers
     from model import memory
@@ -57,10 +58,11 @@ def child(kind: str, folder: str) -> dict:
     from lowbit.evaluate import model_bytes
 
     transformers.logging.set_verbosity_error()
-    from lowbit.integrations import transformers as integration  # what loading imports is not the model's memory
-
-    integration.meta_model(transformers.AutoConfig.from_pretrained(folder), folder)
-    torch.zeros(1, 8) @ torch.zeros(8, 8)
+    with tempfile.TemporaryDirectory() as small:  # what loading and running import is not the model's memory
+        config = transformers.AutoConfig.from_pretrained(folder)
+        change = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 256}
+        folders.write_packed(Path(small), type(config)(**change, num_attention_heads=4, num_key_value_heads=2))
+        lowbit.load(small)(input_ids=torch.tensor([[1]]), use_cache=False)
     steps = {"before": memory()}
     if kind == "loaded":
         model = lowbit.load(folder)
@@ -125,7 +127,7 @@ def line(row: dict) -> str:
             before, *after = row[kind]["steps"].values()
             names = list(row[kind]["steps"])[1:]
             grown = (
-                f"{n} +{s['resident_mb'] - before['resident_mb']:.0f} MB" for n, s in zip(names, after, strict=True)
+                f"{n} +{s['resident_mb'] - before['resident_mb']:.0f} MiB" for n, s in zip(names, after, strict=True)
             )
             text += f" | {kind}: {', '.join(grown)}"
     return text
