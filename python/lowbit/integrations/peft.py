@@ -3,8 +3,8 @@
     model = get_peft_model(lowbit.load(FOLDER), LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"]))
     model = PeftModel.from_pretrained(lowbit.load(FOLDER), ADAPTER)
 
-LoRA layers go around `lowbit.nn.Linear` and `Embedding`, whether these hold a packed or a float weight; the weight stays
-frozen and is shared as before. A module in `modules_to_save` gets a float copy for each adapter, in the dtype of the
+LoRA layers go around `lowbit.nn.Linear` and `Embedding`, whether these hold a packed or a float weight, which stays
+frozen and shared as before. A module in `modules_to_save` gets a float copy for each adapter, in the dtype of the
 model's embedding, while the packed one stays where it is. Files are those that PEFT writes for the float model, and go
 either way; only the tables that PEFT adds to the file of an adapter of the embedding are left out.
 
@@ -117,21 +117,22 @@ def _requantized(packed: PackedMatrix, weight: Tensor, clip: bool) -> PackedMatr
 
 def _check_merge(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
     """Raises ValueError where a merge of these adapters (None: the active ones) would fail half way, or untie."""
-    tables: dict[int, list[tuple[str, _LoraLayer | None]]] = {}
+    tables: dict[int, list[tuple[str, _LoraLayer | None, PackedMatrix]]] = {}
     for name, outer, base in _packed_modules(model):
         layer = outer if isinstance(outer, _LoraLayer) else None
         if layer is not None:
             layer.check_merge(layer.mergeable(adapter_names), name)
         if base.layout is not None:
-            tables.setdefault(base.weight.data_ptr(), []).append((name, layer))
+            original = base.packed if layer is None else layer.unmerged()
+            tables.setdefault(base.weight.data_ptr(), []).append((name, layer, original))
     request = _request.get()
-    for codes, members in tables.items():
-        merging = {name: layer.mergeable(adapter_names) if layer else [] for name, layer in members}
+    for members in tables.values():
+        merging = {name: layer.mergeable(adapter_names) if layer else [] for name, layer, _ in members}
         if len(members) == 1 or not any(merging.values()):
             continue
-        sums = [layer.delta(merging[name]) if merging[name] else None for name, layer in members]
+        sums = [layer.delta(merging[name]) if merging[name] else None for name, layer, _ in members]
         if all(s is not None and torch.allclose(s, sums[0], rtol=1e-4, atol=1e-6) for s in sums):
-            request.tied[codes] = None
+            request.tied.update({original.codes.data_ptr(): None for _, _, original in members})
         elif not request.untie:
             raise ValueError(
                 f"{' and '.join(merging)}: merging: expected the same adapter on modules that share a table, got "
@@ -190,6 +191,10 @@ class _LoraLayer(_OverBase):
         own = (*self.lora_A, *self.lora_embedding_A)
         return [name for name in names if name in own and name not in self.merged_adapters]
 
+    def unmerged(self) -> PackedMatrix:
+        """The packed weight without any adapter."""
+        return self._base().packed if self._original is None else self._original
+
     def delta(self, adapter_names: Sequence[str]) -> Tensor:
         """What the adapters add to the weight: float32 [rows, cols]."""
         return sum(self.get_delta_weight(name).float() for name in adapter_names)
@@ -211,8 +216,8 @@ class _LoraLayer(_OverBase):
             )
         if _request.get() is None:
             raise ValueError(
-                f"{name}: merging: expected a float weight, got {held}: `with lowbit.integrations.peft.requantizing():` "
-                "rounds the sum into that format, or keep the adapter beside it"
+                f"{name}: merging: expected a float weight, got {held}: do it inside lowbit.integrations.peft."
+                "requantizing(), which rounds the sum into that format, or keep the adapter beside it"
             )
         for adapter in adapter_names:
             if adapter in self.lora_variant:
@@ -234,7 +239,7 @@ class _LoraLayer(_OverBase):
             self._merge_packed(base, [*self.merged_adapters, *names])
 
     def _merge_packed(self, base: lowbit_nn.PackedModule, names: list[str]) -> None:
-        request, original = _request.get(), self._original or base.packed
+        request, original = _request.get(), self.unmerged()
         codes = original.codes.data_ptr()
         matrix = request.tied.get(codes)
         if matrix is None:
@@ -310,13 +315,13 @@ class ReplacedModule(_OverBase, ModulesToSaveWrapper):
         super().update(adapter_name, tied_module=tied_module, **kwargs)
 
     def _mixed_batch_forward(self, input: Tensor, *args, adapter_names: list[str], **kwargs) -> Tensor:
-        outputs: list[Tensor | None] = [None] * len(input)
+        # PEFT mixes a batch over modules of torch.nn only. An adapter without a copy of this one uses the base.
+        trained, outputs = dict(self.modules_to_save.items()), {}
         for adapter in dict.fromkeys(adapter_names):
             chosen = [i for i, name in enumerate(adapter_names) if name == adapter]
-            module = self.modules_to_save[adapter] if adapter in self.modules_to_save else self.original_module
-            for i, output in zip(chosen, module(input[chosen], *args, **kwargs), strict=True):
-                outputs[i] = output
-        return torch.stack(outputs)
+            module = trained.get(adapter, self.original_module)
+            outputs.update(zip(chosen, module(input[chosen], *args, **kwargs), strict=True))
+        return torch.stack([outputs[i] for i in range(len(input))])
 
     def unload_and_optionally_merge_module(self, merge: bool, *args, **kwargs) -> nn.Module:
         # Without merging PEFT would leave the trained copy in the model; unload() is to give the base back.
@@ -434,7 +439,8 @@ def _refuse(tuner: BaseTuner, config: PeftConfig, model: nn.Module) -> None:
         start = config.init_lora_weights
         if start not in _BLIND_STARTS:
             raise NotImplementedError(
-                f"{name}: init_lora_weights: expected True, False, 'gaussian' or 'eva' on a packed weight, got {start!r}"
+                f"{name}: init_lora_weights: expected a start that does not read the weight ({base.layout.format}): "
+                f"True, False, 'gaussian' or 'eva', got {start!r}"
             )
         for option in _FLOAT_OPTIONS:
             if getattr(config, option, None):
@@ -471,6 +477,8 @@ def _check_file(model: nn.Module, config: PeftConfig | None, model_id, options: 
     tensors = load_peft_weights(model_id, device="cpu", key_mapping=mapping, **where)
     bases = {name: base for name, _, base in _modules(model)}
     carried = {name for name in bases if any(name.endswith(key) for key in config.modules_to_save or ())}
+    if getattr(config, "ensure_weight_tying", False) and _input_embeddings(model) in map(bases.get, carried):
+        carried |= _tables_tied_to_embedding(model)
     found = set()
     for key, tensor in tensors.items():
         match = _TENSOR.fullmatch(key)
