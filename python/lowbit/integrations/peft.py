@@ -8,12 +8,14 @@ frozen and shared as before. A module in `modules_to_save` gets a float copy for
 model's embedding, while the packed one stays where it is. Files are those that PEFT writes for the float model, and go
 either way; only the tables that PEFT adds to the file of an adapter of the embedding are left out.
 
-Merging would round the sum of a packed weight and an adapter, so it has to be asked for: `requantizing`. Everything
-that a packed weight cannot do is refused before anything is changed, naming the module.
+Merging would round the sum of a packed weight and an adapter, so it has to be asked for: `requantizing`. Options that
+a packed weight has no answer to (DoRA, starts that read the weight, trainable tokens) raise NotImplementedError, files
+that do not fit the model ValueError; both name the module and leave the model as it was.
 
 Importing puts a few functions in front of methods of PEFT, at the end of this file; each leaves models without lowbit's
 modules alone. Nobody else imports this module: whether adapters work should not depend on which of lowbit and PEFT was
-imported first. Tried with PEFT 0.19, 0.20 and 0.21; older ones do not ask a layer for its shape.
+imported first. Tried with PEFT 0.19.1, 0.20.0 and 0.21.2; older ones do not ask a layer for its shape, and those before
+0.18 cannot be imported beside Transformers 5.
 """
 
 from __future__ import annotations
@@ -352,7 +354,7 @@ def _float_copy(module: lowbit_nn.PackedModule, weight: nn.Parameter | None = No
         made = lowbit_nn.Linear(module.in_features, module.out_features, bias, module.activations)
         made.rms_norm = copy.deepcopy(module.rms_norm)
     made.name = module.name
-    made._put(nn.Parameter(module.packed.unpack(dtype)) if weight is None else weight)
+    made._put(module.packed.unpack(dtype) if weight is None else weight)  # PEFT makes it trainable when it is active
     return made.train(module.training)
 
 
@@ -407,7 +409,7 @@ def _tables_tied_to_embedding(model: nn.Module) -> set[str]:
 
 def _include_all_linear(config: PeftConfig, model: nn.Module) -> None:
     """Adds our linear layers, but for the head, to what PEFT finds for target_modules="all-linear"."""
-    if getattr(config, "target_modules", None) != "all-linear":
+    if str(getattr(config, "target_modules", None)).lower() != "all-linear":
         return
     _maybe_include_all_linear_layers(config, model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
