@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-import sysconfig
 import warnings
 from pathlib import Path
 
@@ -709,11 +708,8 @@ def test_adapters_of_transformers_itself(tmp_path):
 
 
 def licence_text():
-    """Prose, unlike the source text that the model was trained on: the licence of Python, or failing that ours."""
-    for path in (Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt", Path(__file__).parents[2] / "LICENSE"):
-        if path.is_file():
-            return path.read_text("utf-8")
-    raise FileNotFoundError("LICENSE")
+    """Prose, unlike the source text that the model was trained on."""
+    return (Path(__file__).parents[2] / "LICENSE").read_text("utf-8")
 
 
 def windows(ids, length=96):
@@ -747,7 +743,7 @@ def test_a_short_fine_tune_of_a_quantized_model(tmp_path):
         optimizer.zero_grad()
     model.eval()
     after = loss_of(model, held_out)
-    assert after < 0.95 * before, (before, after)
+    assert after < 0.9 * before, (before, after)
 
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(lowbit.load(tmp_path / "base"), tmp_path / "adapter")
