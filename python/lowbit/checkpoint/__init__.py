@@ -133,6 +133,12 @@ def save(model, path, format: str = "lowbit", tokenizer=None, max_shard_size: in
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if not hasattr(model, "config") or not hasattr(model, "state_dict"):
         raise TypeError(f"model: expected a Transformers model, got {type(model).__name__}")
+    for name, _, _ in native.packed_modules(model):
+        if name.endswith((".base_layer", ".original_module")):  # where PEFT puts what an adapter stands in front of
+            raise ValueError(
+                f"{name}: expected a model without adapters, got {type(model).__name__}: its save_pretrained() writes "
+                "the adapter, unload() or merge_and_unload() gives a model"
+            )
     folder = Path(path)
     if format == "lowbit":
         described, tensors = native.describe(model)

@@ -255,8 +255,9 @@ def _settle_bias(name: str, module: torch.nn.Module, tensors: dict[str, torch.Te
 
 
 def _remember_folder(model, folder: Path) -> None:
-    """So that saving the model can copy its tokenizer, and generation starts from the folder's settings."""
-    model.config._name_or_path = str(folder)
+    """So that saving the model can copy its tokenizer, generation starts from the folder's settings, and adapters can
+    say what they belong to."""
+    model.name_or_path = model.config._name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         parse_json(folder / "generation_config.json")
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
