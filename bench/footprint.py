@@ -5,6 +5,8 @@ weights). Three things are measured, each in a process of its own:
 
     loaded      files, weights, and how much of the process is resident once every weight has been read (one forward
                 pass of one token), less what the process took before, a small model run already
+    swaps       then 100 times: the head unloaded, another put in (packed, float, from a file), a token; the slowest of
+                them in seconds, and what memory they kept
     on demand   the model opened with lowbit.load(on_demand=True); then one layer run
     too large   a model larger than the machine's memory (a file of holes: codes and scales 0), opened on demand, a
                 layer run, and another
@@ -71,7 +73,7 @@ def child(kind: str, folder: str) -> dict:
         steps["one token"] = memory()
         table, head = model.get_input_embeddings().packed, model.get_output_embeddings().packed
         one = table.codes.data_ptr() == head.codes.data_ptr()
-        return {"steps": steps, "weights": model_bytes(model), "one_table": one}
+        return {"steps": steps, "weights": model_bytes(model), "one_table": one, "swaps": swaps(model)}
     model = lowbit.load(folder, on_demand=True)
     steps["opened"] = memory()
     layers = model.model.layers
@@ -83,6 +85,40 @@ def child(kind: str, folder: str) -> dict:
             layers[index](states, position_embeddings=positions)
         steps[f"layer {index}"] = memory()
     return {"steps": steps, "layer_bytes": bytes_of[0]}
+
+
+def swaps(model: object, count: int = 100) -> dict:
+    """Heads that come and go, from memory and from a file, a token each."""
+    import time
+
+    import torch
+    from model import memory
+
+    import lowbit
+
+    packed = model.lm_head.unload()
+    dense = packed.unpack(torch.bfloat16)
+    x, times = torch.zeros(1, 1, packed.cols, dtype=torch.bfloat16), []
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        path = Path(scratch) / "head.safetensors"
+        lowbit.save_weight(dense, path)
+        weights, before = (packed, dense, path), None
+        for swap in range(len(weights) + count):
+            if swap == len(weights):  # each has been in once
+                before = memory()["resident_mb"]
+            start = time.perf_counter()
+            model.lm_head.load(weights[swap % len(weights)])
+            model.lm_head(x)
+            model.lm_head.unload()
+            times.append(time.perf_counter() - start)
+        kept = memory()["resident_mb"] - before
+    model.lm_head.load(packed)
+    return {
+        "count": count,
+        "slowest_seconds": max(times),
+        "median_seconds": sorted(times)[len(times) // 2],
+        "kept_mb": kept,
+    }
 
 
 def measure(kind: str, folder: Path) -> dict:

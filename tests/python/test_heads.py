@@ -4,7 +4,6 @@ import gc
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,8 +50,8 @@ def test_any_module_is_unloaded_and_loaded(model, name):
     assert torch.equal(logits(model), expected)
 
 
-def test_a_hundred_swaps_are_quick_and_keep_no_memory(tmp_path):
-    """A table of 16 MB, floats, packed and from a file in turn."""
+def test_a_hundred_swaps_keep_no_memory(tmp_path):
+    """A table of 16 MB, floats, packed and from a file in turn. How long they take: bench/footprint.py."""
     model = pack(llama(vocab_size=65536), table="int8")
     float_head, packed = torch.randn(65536, 64), model.lm_head.packed
     lowbit.save_weight(float_head.bfloat16(), tmp_path / "head.safetensors")
@@ -62,15 +61,12 @@ def test_a_hundred_swaps_are_quick_and_keep_no_memory(tmp_path):
         model.lm_head.load(weight)
         model.lm_head(torch.zeros(1, 64))
         model.lm_head.unload()
-    before, slowest = resident_bytes(), 0.0
+    before = resident_bytes()
     for swap in range(100):
-        start = time.perf_counter()
         model.lm_head.load(weights[swap % len(weights)])
         model.lm_head(torch.zeros(1, 64))
         model.lm_head.unload()
-        slowest = max(slowest, time.perf_counter() - start)
     assert resident_bytes() - before < 8 << 20  # one table kept would be 8 or 16 MB
-    assert slowest < 1
 
 
 def test_a_swapped_head_leaves_the_embedding_and_comes_back(model, tmp_path):

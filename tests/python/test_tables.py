@@ -35,7 +35,8 @@ def one_table(model):
         ({"head_bits": 16}, True, {}),
         ({"embed_bits": 4}, False, {"embedding": "int4"}),
         ({"head_bits": 8, "embed_bits": 3}, False, {"embedding": "int3", "head": "int8"}),
-        ({"bits": "trit", "method": "exact"}, True, {"embedding": "int8"}),
+        ({"bits": "trit", "method": "exact"}, True, {}),
+        ({"bits": "trit"}, True, {"embedding": "int8"}),
     ],
 )
 def test_widths_that_are_left_open(change, tie, expected):

@@ -99,7 +99,7 @@ class Recipe:
                    there are as many tokens
     head_bits, embed_bits    width of the output head and of the token embedding; 16 leaves them. A table that both
                    share stays one table: give both the same width, or one alone. None: 8 for a table that both
-                   share, 16 for tables of their own (and for all where `bits` is 16)
+                   share, 16 for tables of their own (and for all where `bits` is 16 or the method "exact")
     tied_damp      `damp` of a table that both share, which is solved for the head's inputs: the more, the nearer its
                    rows stay to the embeddings that they were (docs/algorithms.md)
     embed_from_head    whether the token embedding of a model with two tables gives its own up for the head's; refused
@@ -161,7 +161,8 @@ class Recipe:
         """
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-        both_open = tied and self.head_bits is None and self.embed_bits is None and self.bits != 16
+        both_open = tied and self.head_bits is None and self.embed_bits is None
+        both_open &= self.bits != 16 and self.method != "exact"  # which is to lose nothing
         table_bits = TIED_BITS if both_open else 16
         defaults = {
             "linear": self.bits,
@@ -177,8 +178,6 @@ class Recipe:
         if change is not None:
             # A rule that names no width means to change how a module is quantized, not whether it is.
             spec = replace(spec, **change, rule=pattern)
-        elif both_open and spec.method == "exact":
-            spec = replace(spec, method="rtn")  # asked of the ternary layers
         spec = _resolved(spec, name)
         if spec.correction is None and spec.bits > 4:
             spec = replace(spec, correction="none")

@@ -38,7 +38,8 @@ def prepare_ternary_training(
     embedding or what is tied to it, GPT-2's Conv1D), or nothing to train.
     """
     rules = [*(f"{pattern}=skip" for pattern in skip), *(f"{pattern}=trit" for pattern in modules or ())]
-    recipe = Recipe(bits="trit" if modules is None else 16, group_size=-1, per_tensor=True, method="rtn", rules=rules)
+    bits = "trit" if modules is None else 16
+    recipe = Recipe(bits=bits, head_bits=16, group_size=-1, per_tensor=True, method="rtn", rules=rules)
     made: dict[nn.Module, TernaryLinear] = {}
     replacements = {}
     for planned in make_plan(model, recipe).quantized:
