@@ -137,6 +137,7 @@ def main() -> None:
         print(json.dumps(child(*options.child)))
         return
     import folders
+    import torch
 
     import lowbit
 
@@ -152,7 +153,8 @@ def main() -> None:
             rows.append(row)
             print(line(row), flush=True)
             shutil.rmtree(folder)
-    document = harness.document("footprint", {}, {"lowbit": lowbit.__version__}, {}, rows, {})
+    settings = {"threads": torch.get_num_threads()}
+    document = harness.document("footprint", settings, {"lowbit": lowbit.__version__}, {}, rows, {})
     print(harness.save(document, options.output))
 
 

@@ -19,7 +19,9 @@ BENCHES = {  # results: (script and what it is given, the option that names the 
     "model": (["model.py"], "--output"),
     "model_ternary": (["model.py", "--shape", "ternary-2.7b"], "--output"),
     "quality": (["quality.py"], "--json"),
+    "tied_quality": (["tied_quality.py"], "--json"),
     "ternary_quality": (["ternary_quality.py"], "--json"),
+    "footprint": (["footprint.py"], "--output"),
 }
 
 

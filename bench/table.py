@@ -148,6 +148,53 @@ def quality(contents: dict) -> str:
     return grid(header + variants + list(elsewhere), lines)
 
 
+def tied_quality(contents: dict) -> str:
+    """One line a size, one column a way; the default's figure is in bold."""
+    rows = contents["rows"]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    found = {(row["bits"], row["group_size"], row["variant"]): row for row in rows}
+    header = [
+        f"{contents['settings']['model']}, the tied table alone: rise of {rows[0]['reference_perplexity']:.3f} (KL)"
+    ]
+    lines = []
+    for bits, group_size in dict.fromkeys((row["bits"], row["group_size"]) for row in rows):
+        line = [f"{bits} bits, groups of {group_size}"]
+        for variant in variants:
+            row = found[bits, group_size, variant]
+            figure = f"{row['increase_percent']:+.2f}% ({row['kl_divergence']:.5f})"
+            line.append(f"**{figure}**" if row["default"] else figure)
+        lines.append(line)
+    return grid(header + variants, lines)
+
+
+def footprint(contents: dict) -> str:
+    header = ["4 bits for everything, one table", "arithmetic", "file", "weights in memory", "process grows by, MB"]
+    header += ["opened on demand", "and one layer run"]
+    lines = []
+    for row in contents["rows"]:
+        loaded, steps = row.get("loaded"), row["on demand"]["steps"]
+        grown = _grown(loaded["steps"]) if loaded else None
+        opened = _grown(steps)
+        lines.append(
+            [
+                row["model"],
+                f"{row['arithmetic_bytes']:,}",
+                f"{row['file_bytes']:,}",
+                f"{loaded['weights']:,}" if loaded else "",
+                f"{grown[0]:.0f}" if grown else "",
+                f"{opened[0]:.0f}",
+                f"{opened[1]:.0f}",
+            ]
+        )
+    return grid(header, lines)
+
+
+def _grown(steps: dict) -> list[float]:
+    """Megabytes (10^6) that a process holds more after each step than before the first."""
+    before, *after = (step["resident_mb"] * 1.048576 for step in steps.values())
+    return [step - before for step in after]
+
+
 def ternary_model(contents: dict) -> str:
     header = [
         contents["settings"]["model"],
@@ -197,6 +244,8 @@ TABLES = {
     "model": model,
     "model_ternary": model,
     "quality": quality,
+    "tied_quality": tied_quality,
+    "footprint": footprint,
     "ternary_model": ternary_model,
     "ternary_quality": ternary_quality,
 }

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import harness
+import torch
 import transformers
 from quality import CONTEXT, MODEL, calibration, held_out_ids
 
@@ -66,7 +67,12 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     rows = measure(MODEL)
-    settings = {"model": MODEL.name, "context": CONTEXT, "recipe": lowbit.Recipe().to_dict()}
+    settings = {
+        "threads": torch.get_num_threads(),
+        "model": MODEL.name,
+        "context": CONTEXT,
+        "recipe": lowbit.Recipe().to_dict(),
+    }
     versions = {"lowbit": lowbit.__version__, "transformers": transformers.__version__}
     print(harness.save(harness.document("tied_quality", settings, versions, {}, rows, {}), options.json))
     print(json.dumps({"best": best(rows)}, indent=1))

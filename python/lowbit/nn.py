@@ -37,6 +37,7 @@ class PackedModule(nn.Module):
     def __init__(self, rows: int, cols: int):
         super().__init__()
         self._shape = (rows, cols)
+        self._device = torch.device("cpu")  # where the weight is, was, or would have been moved to
         self.name: str | None = None
         self._clear()
 
@@ -68,7 +69,7 @@ class PackedModule(nn.Module):
         """Puts a weight in, without copying it: a PackedMatrix, a float tensor [rows, cols], or where one lies.
 
         A path names a model folder or a .safetensors file (`lowbit.load_weight`), in which `name`, by default the
-        module's own, is looked up. A float weight keeps its dtype: the product is then made in that dtype, and comes
+        module's own, is looked up; it goes where the module's weight was. A float weight keeps its dtype: the product is then made in that dtype, and comes
         out in x's. To share one table between a head and an embedding, load the other's `packed`.
 
         replace: take out the weight that is in use first; without it that is an error.
@@ -83,7 +84,7 @@ class PackedModule(nn.Module):
         if isinstance(weight, str | os.PathLike):
             from lowbit.checkpoint import load_weight
 
-            weight = load_weight(weight, name or self.name or "")
+            weight = load_weight(weight, name or self.name or "").to(self._device)
         self._put(weight)
 
     def unload(self) -> PackedMatrix | Tensor | None:
@@ -105,6 +106,7 @@ class PackedModule(nn.Module):
         if tuple(weight.shape) != self._shape:
             raise ValueError(f"{self._where}: weight: expected shape {list(self._shape)}, got {list(weight.shape)}")
         self._clear()
+        self._device = weight.device
         if isinstance(weight, PackedMatrix):
             self.layout = weight.layout
             for name, tensor in weight.tensors.items():
@@ -146,6 +148,7 @@ class PackedModule(nn.Module):
             return _moved_once(fn, tensor) if any(tensor is part for part in packed) else fn(tensor)
 
         super()._apply(once, recurse)
+        self._device = fn(torch.empty(0, device=self._device)).device
         self._held = None  # or it would keep the tensors that were left behind
         return self
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -400,6 +401,37 @@ def test_quantize_within_a_budget(capsys, model, text, tmp_path):
     assert formats["model.layers.1.mlp.up_proj"] == "int4"
     assert set(report["recipe"]["rules"]) >= {r".*\.1\.mlp\.up_proj$"}
     assert re.search("^  verified +KL ", shown, re.MULTILINE)
+
+
+def test_the_embedding_from_the_head(capsys, model, tmp_path):
+    """Refused for a model that was not trained so, unless the bound says otherwise, and then shown."""
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model)
+    plain.config.tie_word_embeddings = False
+    plain.lm_head.weight = torch.nn.Parameter(40 * torch.randn_like(plain.lm_head.weight))
+    shutil.copytree(model, tmp_path / "untied")
+    plain.save_pretrained(tmp_path / "untied")
+    arguments = [
+        "quantize",
+        str(tmp_path / "untied"),
+        "-o",
+        str(tmp_path / "out"),
+        "--embed",
+        "from-head",
+        "--samples",
+        "2",
+    ]
+    assert main(arguments) == 2
+    assert re.search(
+        "model.embed_tokens: KL divergence with the table of lm_head: expected at most 0.1, got",
+        capsys.readouterr().err,
+    )
+    assert main([*arguments, "--embed-bound", "inf"]) == 0
+    assert re.search("^  embedding +the head's table; by itself that costs KL", capsys.readouterr().out, re.MULTILINE)
+    facts, _ = run_json(capsys, "inspect", tmp_path / "out")
+    tables = {module["name"]: module["shared_with"] for module in facts["modules"] if module["format"] == "int8"}
+    assert tables == {"model.embed_tokens": None, "lm_head": "model.embed_tokens"}
+    assert main([*arguments, "--embed", "tail", "--force"]) == 2
+    assert "embed: expected own or from-head, got 'tail'" in capsys.readouterr().err
 
 
 def test_force_replaces_a_quantized_model(capsys, model, tmp_path):
