@@ -69,8 +69,9 @@ class PackedModule(nn.Module):
         """Puts a weight in, without copying it: a PackedMatrix, a float tensor [rows, cols], or where one lies.
 
         A path names a model folder or a .safetensors file (`lowbit.load_weight`), in which `name`, by default the
-        module's own, is looked up; it goes where the module's weight was. A float weight keeps its dtype: the product is then made in that dtype, and comes
-        out in x's. To share one table between a head and an embedding, load the other's `packed`.
+        module's own, is looked up; the weight goes where the module's was. A float weight keeps its dtype: the product
+        is then made in that dtype, and comes out in x's. To share one table between a head and an embedding, load the
+        other's `packed`.
 
         replace: take out the weight that is in use first; without it that is an error.
         Raises RuntimeError when a weight is in use, ValueError for another shape, TypeError for another kind of
