@@ -101,6 +101,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #else
   m.attr("compiler") = "gcc " __VERSION__;
 #endif
+  m.attr("MAX_GROUP") = LOWBIT_MAX_GROUP;
   m.attr("F32") = int(LOWBIT_F32);
   m.attr("F16") = int(LOWBIT_F16);
   m.attr("BF16") = int(LOWBIT_BF16);
@@ -384,6 +385,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         });
       },
       py::arg("bits"), py::arg("version"), py::arg("rows"), py::arg("groups"), py::arg("zeros"), py::arg("qzeros"));
+
+  m.def(
+      "matmul_group",
+      [](const std::vector<const Matrix*>& matrices, const std::vector<std::pair<uintptr_t, int>>& biases,
+         const std::vector<uintptr_t>& ys, uintptr_t x, int dtype, int64_t tokens, int64_t x_stride, int activations) {
+        if (matrices.size() > LOWBIT_MAX_GROUP || biases.size() != matrices.size() || ys.size() != matrices.size())
+          throw py::value_error("products: expected at most " + std::to_string(LOWBIT_MAX_GROUP) +
+                                " matrices with a bias and an output each");
+        lowbit_product products[LOWBIT_MAX_GROUP];
+        for (size_t i = 0; i < matrices.size(); i++)
+          products[i] = {matrices[i], pointer<const void>(biases[i].first), lowbit_dtype(biases[i].second),
+                         pointer<void>(ys[i]), matrices[i]->rows};
+        run([&] {
+          return lowbit_matmul_group(products, int(matrices.size()), pointer<const void>(x), lowbit_dtype(dtype),
+                                     tokens, x_stride, lowbit_activations(activations), nullptr, 0);
+        });
+      },
+      py::arg("matrices"), py::arg("biases"), py::arg("ys"), py::arg("x"), py::arg("dtype"), py::arg("tokens"),
+      py::arg("x_stride"), py::arg("activations"));
 
   m.def("cpu_features", [] { return std::string(lowbit_cpu_features()); });
   m.def("isa", [] { return std::string(lowbit_isa()); });

@@ -9,6 +9,7 @@ and ArithmeticError (data that the solver cannot go on with).
 __version__: str
 compiler: str
 
+MAX_GROUP: int
 F32: int
 F16: int
 BF16: int
@@ -192,6 +193,16 @@ def gptq_read_weight(bits: int, rows: int, cols: int, qweight: int, codes: int) 
 def gptq_write_weight(bits: int, rows: int, cols: int, codes: int, qweight: int) -> None: ...
 def gptq_read_zeros(bits: int, version: int, rows: int, groups: int, qzeros: int, zeros: int) -> None: ...
 def gptq_write_zeros(bits: int, version: int, rows: int, groups: int, zeros: int, qzeros: int) -> None: ...
+def matmul_group(
+    matrices: list[Matrix],
+    biases: list[tuple[int, int]],
+    ys: list[int],
+    x: int,
+    dtype: int,
+    tokens: int,
+    x_stride: int,
+    activations: int,
+) -> None: ...
 def cpu_features() -> str: ...
 def isa() -> str: ...
 def set_isa(isa: str) -> None: ...

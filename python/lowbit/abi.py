@@ -157,6 +157,30 @@ def matmul(view: _C.Matrix, x: Tensor, bias: Tensor | None, activations: str) ->
     return y
 
 
+def matmul_group(views: list[_C.Matrix], x: Tensor, biases: list[Tensor | None], activations: str) -> list[Tensor]:
+    """x [..., cols] -> [..., rows] of each matrix, in x's dtype: the bits of `matmul`, in one call on the CPU."""
+    if x.is_cuda or len(views) > _C.MAX_GROUP:
+        return [matmul(view, x, bias, activations) for view, bias in zip(views, biases, strict=True)]
+    mode, sides = lookup(ACTIVATIONS, activations, "activations"), []
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
+    for view, bias in zip(views, biases, strict=True):
+        check_operands(x, bias, view.rows, view.cols)
+        require_device(x, "x", view.device)
+        if bias is None:
+            sides.append((0, 0))
+        else:
+            require_device(bias, "bias", view.device)
+            sides.append((bias.data_ptr(), lookup(FLOAT_DTYPES, bias.dtype, "bias dtype")))
+    x = x if x.is_contiguous() else x.contiguous()
+    ys = [x.new_empty((*x.shape[:-1], view.rows)) for view in views]
+    cols = x.shape[-1]
+    addresses = [y.data_ptr() for y in ys]
+    _C.matmul_group(
+        views, sides, addresses, x.data_ptr(), FLOAT_DTYPES[x.dtype], x.numel() // cols, cols, mode
+    )
+    return ys
+
+
 def _rows_apart(x: Tensor) -> Tensor:
     """x [..., cols] as [tokens, cols] with contiguous rows that do not overlap: a view where there is one."""
     cols = x.shape[-1]

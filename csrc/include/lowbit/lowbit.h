@@ -153,6 +153,26 @@ LOWBIT_API lowbit_status lowbit_matmul(const lowbit_matrix* w, const void* x, lo
                                        int64_t y_stride, lowbit_activations activations, void* workspace,
                                        size_t workspace_bytes);
 
+/* Several products of one input: the queries, keys and values of a layer, or its gate and up. */
+#define LOWBIT_MAX_GROUP 16
+typedef struct lowbit_product {
+  const lowbit_matrix* w; /* of any format; all of a group have the same cols */
+  const void* bias;       /* [rows] of bias_dtype, or NULL */
+  lowbit_dtype bias_dtype;
+  void* y; /* [tokens][rows] of x's dtype */
+  int64_t y_stride;
+} lowbit_product;
+
+/* As lowbit_matmul for each of 1 to LOWBIT_MAX_GROUP products, bit for bit, in one call: activations are prepared once
+ * for all matrices that read them alike, and threads start once. Nothing is written unless every product is sound. */
+LOWBIT_API lowbit_status lowbit_matmul_group(const lowbit_product* products, int count, const void* x,
+                                             lowbit_dtype dtype, int64_t tokens, int64_t x_stride,
+                                             lowbit_activations activations, void* workspace, size_t workspace_bytes);
+
+/* Bytes of scratch that lowbit_matmul_group needs, 64-byte aligned; 0 for products that it would refuse. */
+LOWBIT_API size_t lowbit_matmul_group_workspace(const lowbit_product* products, int count, int64_t tokens,
+                                                lowbit_activations activations);
+
 /* ---- gather ---- */
 
 /* out[i][:] = W[ids[i]][:] in original column order; ids int32 or int64. */
