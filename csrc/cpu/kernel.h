@@ -55,6 +55,11 @@ typedef void (*GatherKernel)(const lowbit_matrix* w, const int64_t* ids, int64_t
 typedef void (*StoreKernel)(const float* tile, int64_t tile_stride, const float* bias, int64_t tokens, int64_t rows,
                             void* y, lowbit_dtype dtype, int64_t y_stride);
 
+// sum[k] = fma(weights[i], rows[i * stride + k], sum[k]) for i = 0, 1, ... count - 1 and k < cols. weights NULL: all 1,
+// which makes it a plain addition.
+typedef void (*AccumulateKernel)(const float* rows, int64_t stride, const float* weights, int64_t count, int64_t cols,
+                                 float* sum);
+
 // The index of the scale of (row, group), for [rows][G], [rows][1] and [1][1] scales alike.
 inline int64_t scale_index(const lowbit_matrix* w, int64_t row, int64_t group) {
   return (w->scale_rows == 1 ? 0 : row) * w->scale_cols + (w->scale_cols == 1 ? 0 : group);

@@ -30,9 +30,9 @@ const Row kTable[] = {
 };
 constexpr int kRows = sizeof kTable / sizeof kTable[0];
 
-constexpr const char* kVerbs[] = {"activations", "matmul", "gather", "store", "solve"};
+constexpr const char* kVerbs[] = {"activations", "matmul", "gather", "store", "solve", "accumulate"};
 constexpr int kVerbCount = sizeof kVerbs / sizeof kVerbs[0];
-thread_local const char* last_kernel[kVerbCount] = {"", "", "", "", ""};
+thread_local const char* last_kernel[kVerbCount] = {"", "", "", "", "", ""};
 
 const Row* find(Verb verb, int bits, Isa isa) {
   for (const Row& row : kTable)
@@ -64,6 +64,7 @@ template lowbit_status select<Verb::matmul>(int, MatmulKernel*);
 template lowbit_status select<Verb::gather>(int, GatherKernel*);
 template lowbit_status select<Verb::store>(int, StoreKernel*);
 template lowbit_status select<Verb::solve>(int, SolveKernel*);
+template lowbit_status select<Verb::accumulate>(int, AccumulateKernel*);
 
 // Below this many tokens the idle lanes of a tile cost more than row kernels do (measured crossover: 11 to 13).
 constexpr int64_t kTileTokens = 12;

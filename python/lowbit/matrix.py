@@ -315,16 +315,24 @@ class PackedMatrix:
             ids, *self._tensors, layout.format, layout.cols, layout.group_size, dtype, policy, padding_id
         )
 
-    def gather_bags(self, ids, offsets, mode="sum", dtype=torch.float32, policy="error", *, padding_id=None):
+    def gather_bags(
+        self, ids, offsets, mode="sum", dtype=torch.float32, policy="error", *, weights=None, padding_id=None
+    ):
         """Sums or means of rows, as nn.EmbeddingBag makes them: ids int32 or int64 [count], offsets int64 [bags + 1],
         not decreasing -> [bags, cols] in `dtype`; bag b is ids[offsets[b]:offsets[b + 1]].
 
-        mode: "sum" or "mean". Rows are summed in float32 in their order. padding_id: an id that is left out, of the
-        count of a mean too. An empty bag is zeros; what lies outside of ids is cut off. policy: as in `gather`.
+        mode: "sum" or "mean". Rows are summed in float32 in their order. weights: floats [count], taken as float32,
+        that rows are multiplied by as they are added (a fused multiply-add); gradients flow to them. padding_id: an id
+        that is left out, of the count of a mean too. An empty bag is zeros; what lies outside of ids is cut off.
+        policy: as in `gather`, for ids in some bag. Raises IndexError for a bad id, ValueError for offsets that
+        decrease (on a GPU such a bag is empty) and shapes that do not fit, NotImplementedError for a weighted mean, as
+        torch does.
         """
         ids, offsets = as_tensor(ids, "ids"), as_tensor(offsets, "offsets")
-        if abi.runs_eagerly(ids):
-            return abi.gather_bags(self._view, ids, offsets, dtype, mode, policy, padding_id)
+        if weights is not None and not isinstance(weights, torch.Tensor):
+            weights = as_tensor(weights, "weights")
+        if abi.runs_eagerly(ids, weights):
+            return abi.gather_bags(self._view, ids, offsets, dtype, mode, policy, padding_id, weights)
         layout = self.layout
         return torch.ops.lowbit.gather_bags(
             ids,
@@ -337,6 +345,7 @@ class PackedMatrix:
             mode,
             policy,
             padding_id,
+            weights,
         )
 
     # -- where it is ---------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Where a model's matrices are, and how one is exchanged for a packed matrix.
 
-Nothing here knows an architecture by name. A matrix is found by the type of its module (nn.Linear, the Conv1D
-of GPT-2, nn.Embedding), the blocks by the structure of the module tree, the head and the token embedding by
-the model's own accessors. Modules that share one weight (tied head and embedding, or one module under several
+Nothing here knows an architecture by name. A matrix is found by the type of its module (nn.Linear, the Conv1D of
+GPT-2, nn.Embedding, nn.EmbeddingBag), the blocks by the structure of the module tree, the head and the token embedding
+by the model's own accessors. Modules that share one weight (tied head and embedding, or one module under several
 names) are one target and stay one matrix.
 """
 
@@ -52,7 +52,7 @@ class Target:
     @property
     def is_table(self) -> bool:
         """Whether rows of the matrix are looked up by id (it may be a head as well)."""
-        return isinstance(self.module, nn.Embedding)
+        return is_table(self.module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -63,9 +63,14 @@ def is_conv1d(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.Conv1D)
 
 
+def is_table(module: nn.Module) -> bool:
+    """Whether a float module looks rows of its weight up by id: nn.Embedding, or nn.EmbeddingBag, which is none."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
 def has_matrix(module: nn.Module) -> bool:
     """Whether a module is of a type whose weight can become a packed matrix."""
-    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_table(module) or is_conv1d(module)
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
@@ -115,15 +120,15 @@ def find_targets(model: nn.Module) -> list[Target]:
     targets = []
     for members in holders.values():
         # A table decides how the whole group is made, so it speaks for it wherever it stands.
-        members.sort(key=lambda member: not isinstance(member[1], nn.Embedding))
+        members.sort(key=lambda member: not is_table(member[1]))
         kinds = []
         for name, module in members:
-            if module is embedding or (isinstance(module, nn.Embedding) and any(m is head for _, m in members)):
+            if module is embedding or (is_table(module) and any(m is head for _, m in members)):
                 kinds.append("embedding")
             elif module is head:
                 kinds.append("head")
             else:
-                inside = name.startswith(in_block) and not isinstance(module, nn.Embedding)
+                inside = name.startswith(in_block) and not is_table(module)
                 kinds.append("linear" if inside else "other")
         obstacles = [_obstacle(name, module, keep) for name, module in members]
         if len({_forward_of(module) for _, module in members}) > 1:
@@ -193,6 +198,10 @@ def _packed_module(name: str, old: nn.Module, packed: PackedMatrix, activations:
         new = lowbit_nn.Embedding.from_packed(
             packed, padding_idx=old.padding_idx, dtype=old.weight.dtype, embed_scale=_embed_scale(old)
         )
+    elif isinstance(old, nn.EmbeddingBag):
+        new = lowbit_nn.EmbeddingBag.from_packed(
+            packed, old.mode, old.include_last_offset, old.padding_idx, dtype=old.weight.dtype
+        )
     else:
         new = lowbit_nn.Linear.from_packed(packed, bias=old.bias, activations=activations)
     return new.train(old.training)
@@ -211,7 +220,7 @@ def _outermost_block_lists(module: nn.Module, name: str) -> Iterator[tuple[str, 
 
 def _matrix_weights(module: nn.Module) -> int:
     """Weights of the linear layers below a module, packed or not: a block stays one when it has been quantized."""
-    sizes = [weight_matrix(m).numel() for m in module.modules() if has_matrix(m) and not isinstance(m, nn.Embedding)]
+    sizes = [weight_matrix(m).numel() for m in module.modules() if has_matrix(m) and not is_table(m)]
     packed = [m.in_features * m.out_features for m in module.modules() if isinstance(m, lowbit_nn.Linear)]
     return sum(sizes) + sum(packed)
 
@@ -219,15 +228,15 @@ def _matrix_weights(module: nn.Module) -> int:
 def _embedding_and_head(model: nn.Module, in_block: tuple[str, ...]) -> tuple[nn.Module | None, nn.Module | None]:
     embedding, head = _accessor(model, "get_input_embeddings"), _accessor(model, "get_output_embeddings")
     if embedding is None:
-        tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+        tables = [m for m in model.modules() if is_table(m)]
         embedding = max(tables, key=lambda m: m.weight.numel(), default=None)
-    if head is None and isinstance(embedding, nn.Embedding):
+    if head is None and is_table(embedding):
         # A head has one output a token of the vocabulary; the last such layer after the blocks is it.
         heads = [
             m
             for name, m in model.named_modules()
             if has_matrix(m)
-            and not isinstance(m, nn.Embedding)
+            and not is_table(m)
             and not name.startswith(in_block or ("\0",))
             and weight_matrix(m).shape == embedding.weight.shape
         ]
@@ -267,8 +276,10 @@ def _obstacle(name: str, module: nn.Module, keep_in_fp32: tuple[str, ...]) -> st
         return "the model keeps it in float32"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+    if is_table(module) and module.max_norm is not None:
         return "it renormalises its rows (max_norm)"
+    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+        return 'it takes the maximum of a bag (mode "max")'
     if type(module) is not lowbit_nn.TernaryLinear and not _behaves_plainly(module):
         return f"{type(module).__name__} has a forward of its own"
     return None
@@ -285,10 +296,13 @@ def _forward_of(module: nn.Module) -> tuple:
 def _behaves_plainly(module: nn.Module) -> bool:
     """Whether a subclass computes what its base class does, up to rounding and the scale of a scaled
     embedding."""
-    if type(module) in (nn.Linear, nn.Embedding) or is_conv1d(module):
+    if type(module) in (nn.Linear, nn.Embedding, nn.EmbeddingBag) or is_conv1d(module):
         return True
     weight = module.weight.detach()
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.EmbeddingBag):
+        probe = torch.arange(min(4, module.num_embeddings), device=weight.device)[None]
+        expected = F.embedding_bag(probe, weight, mode=module.mode, padding_idx=module.padding_idx)
+    elif isinstance(module, nn.Embedding):
         probe = torch.arange(min(4, module.num_embeddings), device=weight.device)[None]
         expected = F.embedding(probe, weight) * (_embed_scale(module) or 1.0)
     else:

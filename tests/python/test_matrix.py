@@ -216,6 +216,78 @@ def test_gather_policies_and_out():
     assert packed.gather(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 64)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bags_are_those_of_torch(format, dtype):
+    packed = random_matrix(40, 129, format, 48, zeros=True, perm=True)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 40, (300,), generator=generator)
+    weights = torch.randn(300, generator=generator)
+    offsets = torch.tensor([0, 3, 3, 100, 101, 299])  # torch's last bag ends with the ids
+    table, edges = torch.from_numpy(dense(packed)), torch.cat([offsets, torch.tensor([300])])
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for padding_id in (None, int(ids[50])):
+        for mode, row_weights in (("sum", None), ("mean", None), ("sum", weights)):
+            for chosen in (ids, ids.int()):
+                bags = packed.gather_bags(chosen, edges, mode, dtype, weights=row_weights, padding_id=padding_id)
+                exact = torch.nn.functional.embedding_bag(
+                    ids,
+                    table,
+                    offsets,
+                    mode=mode,
+                    padding_idx=padding_id,
+                    per_sample_weights=None if row_weights is None else row_weights.double(),
+                )
+                assert bags.dtype == dtype and bags.shape == (6, 129)
+                assert (bags.double() - exact).abs().max() <= tolerance * exact.abs().max()
+                assert not bags[1].any()
+
+
+def test_bags_add_in_order_and_fuse_weights():
+    packed = PackedMatrix.from_codes(
+        torch.tensor([[129], [129], [128]], dtype=torch.uint8), torch.tensor([[1.0], [2.0**25], [0.0]]), format="int8"
+    )
+    edges = torch.tensor([0, 3])
+    assert packed.gather_bags(torch.tensor([0, 1, 0]), edges).item() == 2.0**25  # (1 + 2^25) rounds twice to 2^25
+    weights = torch.tensor([1.0, 1.0, -1.0])
+    assert packed.gather_bags(torch.tensor([1, 0, 1]), edges, weights=weights).item() == 0
+    # A fused product keeps what its rounding alone would lose: (1 + 2^-12)^2 - 1 - 2^-11 = 2^-24.
+    near_one = PackedMatrix.from_codes(
+        torch.tensor([[129], [129]], dtype=torch.uint8), torch.tensor([[1 + 2.0**-12], [1.0]]), format="int8"
+    )
+    weights = torch.tensor([-1 - 2.0**-11, 1 + 2.0**-12])
+    assert near_one.gather_bags(torch.tensor([1, 0]), torch.tensor([0, 2]), weights=weights).item() == 2.0**-24
+
+
+def test_bags_refuse():
+    packed = random_matrix(5, 64, "int4", 32)
+    ids, edges = torch.tensor([4, 5, -1, 0]), torch.tensor([0, 2, 4])
+    with pytest.raises(IndexError, match=r"ids\[1\]: expected a row in \[0, 5\), got 5"):
+        packed.gather_bags(ids, edges)
+    rows = packed.unpack()
+    assert torch.equal(packed.gather_bags(ids, edges, policy="zero"), torch.stack([rows[4], rows[0]]))
+    assert torch.equal(packed.gather_bags(ids, edges, policy="clamp")[0], rows[4] + rows[4])
+    assert torch.equal(packed.gather_bags(ids, torch.tensor([3, 4])), rows[:1])  # ids in no bag are not looked at
+    with pytest.raises(ValueError, match=r"offsets\[1\]: expected at least 3, as before it, got 1"):
+        packed.gather_bags(ids, torch.tensor([3, 1]), policy="zero")
+    good = {"ids": ids, "offsets": edges, "policy": "zero"}
+    for change, error, message in (
+        ({"ids": ids[None]}, ValueError, "ids: expected 1 dimension"),
+        ({"ids": ids.float()}, TypeError, "ids dtype"),
+        ({"offsets": edges.int()}, ValueError, "offsets: expected torch.int64"),
+        ({"offsets": edges[:0]}, ValueError, "offsets: expected torch.int64"),
+        ({"mode": "max"}, ValueError, "mode: expected one of sum, mean"),
+        ({"policy": "wrap"}, ValueError, "policy: expected one of"),
+        ({"dtype": torch.float64}, TypeError, "dtype: expected one of"),
+        ({"padding_id": 5}, ValueError, "padding_id: expected a row"),
+        ({"weights": torch.ones(3)}, ValueError, r"weights: expected one an id, \[4\], got \[3\]"),
+        ({"weights": torch.ones(4, dtype=torch.int32)}, TypeError, "weights dtype"),
+        ({"weights": torch.ones(4), "mode": "mean"}, NotImplementedError, 'weights: expected mode "sum"'),
+    ):
+        with pytest.raises(error, match=message):
+            packed.gather_bags(**{**good, **change})
+
+
 def test_codes_are_aligned_and_large_ones_on_a_huge_page_boundary():
     assert random_matrix(3, 70, "int4").codes.data_ptr() % 64 == 0
     assert random_matrix(1024, 4096, "int4").codes.data_ptr() % (2 << 20) == 0

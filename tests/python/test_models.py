@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lowbit
+from lowbit.checkpoint.native import describe
 from lowbit.models import find_blocks, find_targets, has_matrix, patch, replace_module, weight_matrix
 
 pytest.importorskip("transformers")
@@ -107,6 +108,11 @@ class Renamed(nn.Linear):
         return input @ self.weight.T + self.bias
 
 
+class DoubledBags(nn.EmbeddingBag):
+    def forward(self, input, offsets=None, per_sample_weights=None):
+        return 2 * super().forward(input, offsets, per_sample_weights)
+
+
 class Wants(nn.Linear):
     def forward(self, x, mask):
         return super().forward(x) * mask
@@ -120,6 +126,9 @@ def test_only_what_behaves_like_its_base_class_is_replaced():
             "wants": Wants(32, 32),
             "attention": nn.MultiheadAttention(32, 2),
             "bounded": nn.Embedding(32, 32, max_norm=1.0),
+            "bounded_bags": nn.EmbeddingBag(32, 32, max_norm=1.0),
+            "largest": nn.EmbeddingBag(32, 32, mode="max"),
+            "doubled": DoubledBags(32, 32),
             "parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)),
             "meta": nn.Linear(32, 32, device="meta"),
         }
@@ -128,7 +137,8 @@ def test_only_what_behaves_like_its_base_class_is_replaced():
     assert obstacles.pop("renamed") is None
     assert "forward of its own" in obstacles["shifted"] and "forward of its own" in obstacles["wants"]
     assert "MultiheadAttention" in obstacles["attention.out_proj"]
-    assert "max_norm" in obstacles["bounded"]
+    assert "max_norm" in obstacles["bounded"] and "max_norm" in obstacles["bounded_bags"]
+    assert 'mode "max"' in obstacles["largest"] and "forward of its own" in obstacles["doubled"]
     assert "parametrized" in obstacles["parametrized"]
     assert "meta" in obstacles["meta"]
 
@@ -165,6 +175,21 @@ def test_a_model_without_blocks():
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.Linear(32, 50))
     assert find_blocks(model) == {}
     assert [t.kind for t in find_targets(model)] == ["embedding", "linear", "linear", "head"]
+
+
+def test_bags_are_tables():
+    bags = nn.EmbeddingBag(50, 32, mode="sum", padding_idx=-2, include_last_offset=True, dtype=torch.bfloat16).eval()
+    model = nn.Sequential(bags, nn.Linear(32, 64), nn.Linear(64, 3))
+    table, *_ = find_targets(model)
+    assert table.kind == "embedding" and table.is_table and table.shape == (50, 32) and table.obstacle is None
+    patch(model, {"0": lowbit.PackedMatrix.from_float(bags.weight.detach(), "int8", 32)})
+    [(name, entry)] = describe(model)[0]["modules"].items()
+    assert (name, entry["kind"]) == ("0", "embedding")
+    ids, edges = torch.arange(44, 50), torch.tensor([0, 1, 6])
+    with torch.no_grad():
+        bags.weight.copy_(model[0].packed.unpack(torch.bfloat16))
+        assert torch.allclose(model[0](ids, edges), bags(ids, edges), atol=0.02, rtol=0.02)
+    assert not model[0].training and model[0].dtype == torch.bfloat16
 
 
 def test_one_module_under_two_names_stays_one():

@@ -266,4 +266,4 @@ def _float_dtype(model: torch.nn.Module) -> torch.dtype:
 def _is_plain_linear(module: torch.nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return module.packed is None
-    return models.has_matrix(module) and not isinstance(module, torch.nn.Embedding)
+    return models.has_matrix(module) and not models.is_table(module)

@@ -242,7 +242,7 @@ def _override(matrix: PackedMatrix, bits: int, group_size: int) -> dict:
 def _is_plain_linear(module: torch.nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return module.packed is None
-    return models.has_matrix(module) and not isinstance(module, torch.nn.Embedding)
+    return models.has_matrix(module) and not models.is_table(module)
 
 
 def _dynamic_rules(decisions: Mapping[str, dict | None]) -> dict[str, dict]:

@@ -201,7 +201,7 @@ def _original(model, name: str, entry: native.ModuleEntry) -> torch.nn.Module:
         raise ValueError(f"{name}: expected a module of {type(model).__name__}, which has none of that name") from None
     if not models.has_matrix(module):
         raise ValueError(f"{name}: expected a linear layer or an embedding, got {type(module).__name__}")
-    kind = "embedding" if isinstance(module, torch.nn.Embedding) else "linear"
+    kind = "embedding" if models.is_table(module) else "linear"
     if kind != entry.kind:
         raise ValueError(f"{name}: kind: expected {kind} (a {type(module).__name__}), got {entry.kind}")
     scale = getattr(module, "embed_scale", None)
@@ -220,7 +220,7 @@ def _settle_bias(name: str, module: torch.nn.Module, tensors: dict[str, torch.Te
     bias = tensors.get(f"{name}.bias")
     if bias is None or getattr(module, "bias", None) is not None:
         return
-    if isinstance(module, torch.nn.Embedding) or bias.shape != (rows,) or not bias.is_floating_point():
+    if models.is_table(module) or bias.shape != (rows,) or not bias.is_floating_point():
         raise ValueError(
             f"{name}.bias: expected floats [{rows}] of a linear layer, got {bias.dtype} {list(bias.shape)}"
         )

@@ -24,7 +24,7 @@ from torch import nn
 
 from lowbit.evaluate import Totals, forward
 from lowbit.matrix import PackedMatrix
-from lowbit.models import patch, replaced, weight_matrix
+from lowbit.models import is_table, patch, replaced, weight_matrix
 from lowbit.nn import TernaryLinear
 from lowbit.quantize.allocate import Budget, Item, Option, allocate
 from lowbit.quantize.correction import Drift
@@ -318,7 +318,7 @@ class _Measure(Walk):
 
     def _row_by_row(self, planned: PlannedModule) -> None:
         """A table, by the rows that are looked up and by the outputs of the head that shares it."""
-        heads = [n for n in planned.names if not isinstance(self.model.get_submodule(n), nn.Embedding)]
+        heads = [n for n in planned.names if not is_table(self.model.get_submodule(n))]
         uses: list[Any] = []
         if planned.kind == "embedding":
             ids = torch.cat([batch.flatten() for batch in self.batches])

@@ -1,0 +1,147 @@
+// gather_bags: sums and means of rows by id, as an embedding bag makes them. Rows are decoded to float32 some at a time,
+// by the kernels of gather, and added to a bag's sum while they are in the cache; every id is checked before any row is
+// read. Each column of a bag is summed in the order of ids by whoever has it, so threads change no bit: they take bags,
+// or where one bag is most of the work, its rows to decode and then its columns to add.
+#include <cstdlib>
+
+#include "api/ids.h"
+#include "cpu/kernel.h"
+#include "dispatch/parallel.h"
+#include "dispatch/select.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int64_t kSerialCodes = 1 << 15;
+constexpr int64_t kMostRows = 64;            // decoded at a time by a thread; their ids lie on the stack
+constexpr int64_t kScratchFloats = 1 << 15;  // of those rows: 128 KB, which an L2 cache holds beside their codes
+constexpr int64_t kColumnGrain = 16;         // a cache line of sums has one writer
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Kernels {
+  GatherKernel gather;
+  AccumulateKernel accumulate;
+  StoreKernel store;
+};
+
+struct Bags {
+  lowbit_matrix w;
+  Ids ids;
+  const int64_t* offsets;
+  int64_t count;
+  const float* weights;
+  bool mean;
+  int64_t padding_id;
+  Kernels kernels;
+
+  int64_t begin(int64_t bag) const { return offsets[bag] < 0 ? 0 : smaller(offsets[bag], count); }
+  int64_t end(int64_t bag) const { return begin(bag + 1); }
+};
+
+// The next rows of a bag that count, and their weights; `next` moves on behind them.
+struct Batch {
+  int64_t row[kMostRows];
+  float weight[kMostRows];
+  int64_t size = 0;
+
+  Batch(const Bags& call, int64_t most, int64_t end, int64_t* next) {
+    for (; *next < end && size < most; ++*next) {
+      if (call.padding_id >= 0 && call.ids[*next] == call.padding_id) continue;
+      row[size] = call.ids.row(*next);
+      if (call.weights) weight[size] = call.weights[*next];
+      size++;
+    }
+  }
+};
+
+// scratch: [1 + most][cols], the sum and a batch of rows. Threads share the work of a bag unless this is one of theirs.
+void sum_bag(const Bags& call, int64_t bag, int64_t most, float* scratch, void* out, lowbit_dtype dtype) {
+  const int64_t cols = call.w.cols, end = call.end(bag);
+  float *sum = scratch, *rows = scratch + cols;
+  for (int64_t k = 0; k < cols; k++) sum[k] = 0;
+  int64_t counted = 0;
+  for (int64_t i = call.begin(bag); i < end;) {
+    const Batch batch(call, most, end, &i);
+    counted += batch.size;
+    const bool serial = batch.size * cols < kSerialCodes;
+    parallel_for(batch.size, 1, serial, [&](int64_t first, int64_t last) {
+      call.kernels.gather(&call.w, batch.row + first, last - first, rows + first * cols, LOWBIT_F32, cols);
+    });
+    parallel_for(cols, kColumnGrain, serial, [&](int64_t first, int64_t last) {
+      call.kernels.accumulate(rows + first, cols, call.weights ? batch.weight : nullptr, batch.size, last - first,
+                              sum + first);
+    });
+  }
+  if (call.mean && counted > 0)
+    for (int64_t k = 0; k < cols; k++) sum[k] /= float(counted);
+  call.kernels.store(sum, cols, nullptr, 1, cols, out, dtype, cols);
+}
+
+int64_t largest_bag(const Bags& call, int64_t bags) {
+  int64_t largest = 0;
+  for (int64_t bag = 0; bag < bags; bag++)
+    if (const int64_t size = call.end(bag) - call.begin(bag); size > largest) largest = size;
+  return largest;
+}
+
+lowbit_status check_offsets(const int64_t* offsets, int64_t bags) {
+  if (bags > 0 && !offsets) return fail(LOWBIT_INVALID_ARGUMENT, "offsets: expected a pointer, got NULL");
+  for (int64_t bag = 0; bag < bags; bag++)
+    if (offsets[bag + 1] < offsets[bag])
+      return fail(LOWBIT_INVALID_ARGUMENT,
+                  "offsets[%" PRId64 "]: expected at least %" PRId64 ", as before it, got %" PRId64, bag + 1,
+                  offsets[bag], offsets[bag + 1]);
+  return LOWBIT_OK;
+}
+
+}  // namespace
+}  // namespace lowbit
+
+using namespace lowbit;
+
+extern "C" {
+
+lowbit_status lowbit_gather_bags(const lowbit_matrix* w, const void* ids, lowbit_dtype id_dtype, int64_t count,
+                                 const int64_t* offsets, int64_t bags, const float* weights, int mean,
+                                 lowbit_id_policy policy, int64_t padding_id, int64_t* first_bad, void* out,
+                                 lowbit_dtype out_dtype, int64_t out_stride) {
+  Bags call{};
+  LOWBIT_TRY(check_matrix(w, &call.w));
+  LOWBIT_TRY(Ids::check(call.w, ids, id_dtype, count, policy, &call.ids));
+  const int64_t cols = call.w.cols;
+  if (bags < 0 || bags > kMaxElements / cols)
+    return fail(LOWBIT_INVALID_ARGUMENT, "bags: expected 0 or more below 2^46 elements, got %" PRId64, bags);
+  if (mean && weights) return fail(LOWBIT_INVALID_ARGUMENT, "weights: expected NULL with mean, got a pointer");
+  LOWBIT_TRY(check_output(out, out_dtype, bags, cols, out_stride));
+  LOWBIT_TRY(check_offsets(offsets, bags));
+  if (bags == 0) return LOWBIT_OK;
+  call.offsets = offsets;
+  call.count = count;
+  call.weights = weights;
+  call.mean = mean != 0;
+  call.padding_id = padding_id;
+  const int64_t looked_up = call.end(bags - 1) - call.begin(0);
+  LOWBIT_TRY(call.ids.find_bad(call.begin(0), call.end(bags - 1), padding_id, first_bad));
+  LOWBIT_TRY(select<Verb::gather>(call.w.format, &call.kernels.gather));
+  LOWBIT_TRY(select<Verb::accumulate>(0, &call.kernels.accumulate));
+  LOWBIT_TRY(select<Verb::store>(0, &call.kernels.store));
+
+  const int64_t threads = (looked_up + bags) * cols < kSerialCodes ? 1 : executor_threads();
+  // A bag of more than twice a thread's share would be waited for: then bags come one by one, with all threads in each.
+  const int64_t parts = largest_bag(call, bags) * threads > 2 * looked_up ? 1 : smaller(bags, threads);
+  int64_t most = kScratchFloats / cols * (parts == 1 ? threads : 1);
+  most = most < 1 ? 1 : smaller(most, kMostRows);
+  const size_t floats = size_t((1 + most) * cols + 15) / 16 * 16;  // of a part: whole cache lines
+  float* scratch = static_cast<float*>(aligned_alloc(64, size_t(parts) * floats * 4));
+  if (!scratch) return fail(LOWBIT_OUT_OF_MEMORY, "scratch: no memory for %zu bytes", size_t(parts) * floats * 4);
+  parallel_for(parts, 1, parts == 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; part++)
+      for (int64_t bag = bags * part / parts; bag < bags * (part + 1) / parts; bag++)
+        sum_bag(call, bag, most, scratch + size_t(part) * floats,
+                static_cast<char*>(out) + bag * out_stride * dtype_bytes(out_dtype), out_dtype);
+  });
+  free(scratch);
+  return LOWBIT_OK;
+}
+}
