@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kSerialCodes = 1 << 15;
 constexpr int64_t kMostRows = 64;            // decoded at a time by a thread; their ids lie on the stack
 constexpr int64_t kScratchFloats = 1 << 15;  // of those rows: 128 KB, which an L2 cache holds beside their codes
+constexpr int64_t kPrefetchBytes = 256;      // of each row of a batch, before the first of them is decoded
 constexpr int64_t kColumnGrain = 16;         // a cache line of sums has one writer
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -27,6 +28,7 @@ struct Kernels {
 
 struct Bags {
   lowbit_matrix w;
+  int64_t row_bytes;
   Ids ids;
   const int64_t* offsets;
   int64_t count;
@@ -37,6 +39,18 @@ struct Bags {
 
   int64_t begin(int64_t bag) const { return offsets[bag] < 0 ? 0 : smaller(offsets[bag], count); }
   int64_t end(int64_t bag) const { return begin(bag + 1); }
+
+  // The first lines of a row and its first scales; of a narrow row that is all of it. Rows lie anywhere, so each of them
+  // is a wait for memory, unless those of a batch are under way together.
+  void prefetch(int64_t row) const {
+    if (row < 0) return;
+    const char* codes = reinterpret_cast<const char*>(w.codes) + row * row_bytes;
+    const int64_t bytes = smaller(row_bytes, kPrefetchBytes);
+    for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(codes + at);
+    const int64_t scale = scale_index(&w, row, 0);
+    __builtin_prefetch(static_cast<const char*>(w.scales) + scale * dtype_bytes(w.scale_dtype));
+    if (w.zeros) __builtin_prefetch(w.zeros + scale);
+  }
 };
 
 // The next rows of a bag that count, and their weights; `next` moves on behind them.
@@ -49,6 +63,7 @@ struct Batch {
     for (; *next < end && size < most; ++*next) {
       if (call.padding_id >= 0 && call.ids[*next] == call.padding_id) continue;
       row[size] = call.ids.row(*next);
+      call.prefetch(row[size]);
       if (call.weights) weight[size] = call.weights[*next];
       size++;
     }
@@ -110,6 +125,7 @@ lowbit_status lowbit_gather_bags(const lowbit_matrix* w, const void* ids, lowbit
   LOWBIT_TRY(check_matrix(w, &call.w));
   LOWBIT_TRY(Ids::check(call.w, ids, id_dtype, count, policy, &call.ids));
   const int64_t cols = call.w.cols;
+  call.row_bytes = row_lines(call.w.format, cols) * kLineBytes;
   if (bags < 0 || bags > kMaxElements / cols)
     return fail(LOWBIT_INVALID_ARGUMENT, "bags: expected 0 or more below 2^46 elements, got %" PRId64, bags);
   if (mean && weights) return fail(LOWBIT_INVALID_ARGUMENT, "weights: expected NULL with mean, got a pointer");
