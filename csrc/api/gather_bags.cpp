@@ -1,8 +1,9 @@
-// gather_bags: sums and means of rows by id, as an embedding bag makes them. Rows are decoded to float32 some at a time,
-// by the kernels of gather, and added to a bag's sum while they are in the cache; every id is checked before any row is
-// read. Each column of a bag is summed in the order of ids by whoever has it, so threads change no bit: they take bags,
-// or where one bag is most of the work, its rows to decode and then its columns to add.
+// gather_bags: sums and means of rows by id, as an embedding bag makes them. Kernels decode rows and add them to a bag's
+// sum, which lies in the cache, in the order that columns are packed in; every id is checked before any row is read. Each
+// column of a bag is summed in the order of ids by whoever has it, so threads change no bit: they take bags, or where one
+// bag is most of the work, its columns.
 #include <cstdlib>
+#include <cstring>
 
 #include "api/ids.h"
 #include "cpu/kernel.h"
@@ -13,16 +14,14 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kSerialCodes = 1 << 15;
-constexpr int64_t kMostRows = 64;            // decoded at a time by a thread; their ids lie on the stack
-constexpr int64_t kScratchFloats = 1 << 15;  // of those rows: 128 KB, which an L2 cache holds beside their codes
-constexpr int64_t kPrefetchBytes = 256;      // of each row of a batch, before the first of them is decoded
-constexpr int64_t kColumnGrain = 16;         // a cache line of sums has one writer
+constexpr int64_t kBatch = 16;           // rows a call of a kernel; their ids lie on the stack
+constexpr int64_t kAhead = 8;            // ids from one that is added to the one whose row is fetched
+constexpr int64_t kPrefetchBytes = 256;  // of each row
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Kernels {
-  GatherKernel gather;
-  AccumulateKernel accumulate;
+  BagsKernel bags;
   StoreKernel store;
 };
 
@@ -31,7 +30,7 @@ struct Bags {
   int64_t row_bytes;
   Ids ids;
   const int64_t* offsets;
-  int64_t count;
+  int64_t count, last;  // last: end of the last bag's ids
   const float* weights;
   bool mean;
   int64_t padding_id;
@@ -40,9 +39,13 @@ struct Bags {
   int64_t begin(int64_t bag) const { return offsets[bag] < 0 ? 0 : smaller(offsets[bag], count); }
   int64_t end(int64_t bag) const { return begin(bag + 1); }
 
-  // The first lines of a row and its first scales; of a narrow row that is all of it. Rows lie anywhere, so each of them
-  // is a wait for memory, unless those of a batch are under way together.
-  void prefetch(int64_t row) const {
+  bool is_padding(int64_t i) const { return padding_id >= 0 && ids[i] == padding_id; }
+
+  // Asks for the first lines of id i's row and its first scales; of a narrow row that is all of it. Rows lie anywhere, so
+  // each is a wait for memory, unless those of the ids to come are under way: of the bags to come too.
+  void prefetch(int64_t i) const {
+    if (i >= last) return;
+    const int64_t row = ids.row(i);
     if (row < 0) return;
     const char* codes = reinterpret_cast<const char*>(w.codes) + row * row_bytes;
     const int64_t bytes = smaller(row_bytes, kPrefetchBytes);
@@ -55,42 +58,44 @@ struct Bags {
 
 // The next rows of a bag that count, and their weights; `next` moves on behind them.
 struct Batch {
-  int64_t row[kMostRows];
-  float weight[kMostRows];
+  int64_t row[kBatch];
+  float weight[kBatch];
   int64_t size = 0;
 
-  Batch(const Bags& call, int64_t most, int64_t end, int64_t* next) {
-    for (; *next < end && size < most; ++*next) {
-      if (call.padding_id >= 0 && call.ids[*next] == call.padding_id) continue;
+  Batch(const Bags& call, int64_t end, int64_t* next) {
+    for (; *next < end && size < kBatch; ++*next) {
+      call.prefetch(*next + kAhead);
+      if (call.is_padding(*next)) continue;
       row[size] = call.ids.row(*next);
-      call.prefetch(row[size]);
       if (call.weights) weight[size] = call.weights[*next];
       size++;
     }
   }
 };
 
-// scratch: [1 + most][cols], the sum and a batch of rows. Threads share the work of a bag unless this is one of theirs.
-void sum_bag(const Bags& call, int64_t bag, int64_t most, float* scratch, void* out, lowbit_dtype dtype) {
-  const int64_t cols = call.w.cols, end = call.end(bag);
-  float *sum = scratch, *rows = scratch + cols;
-  for (int64_t k = 0; k < cols; k++) sum[k] = 0;
-  int64_t counted = 0;
-  for (int64_t i = call.begin(bag); i < end;) {
-    const Batch batch(call, most, end, &i);
-    counted += batch.size;
-    const bool serial = batch.size * cols < kSerialCodes;
-    parallel_for(batch.size, 1, serial, [&](int64_t first, int64_t last) {
-      call.kernels.gather(&call.w, batch.row + first, last - first, rows + first * cols, LOWBIT_F32, cols);
-    });
-    parallel_for(cols, kColumnGrain, serial, [&](int64_t first, int64_t last) {
-      call.kernels.accumulate(rows + first, cols, call.weights ? batch.weight : nullptr, batch.size, last - first,
-                              sum + first);
-    });
+// sum: [planes][64], and as much again to bring the columns of a matrix with a perm into their order. Threads share the
+// columns of a bag unless it is one of many that they have.
+void sum_bag(const Bags& call, int64_t bag, float* sum, void* out, lowbit_dtype dtype) {
+  const int64_t cols = call.w.cols, planes = row_planes(cols), begin = call.begin(bag), end = call.end(bag);
+  memset(sum, 0, size_t(planes) * 64 * sizeof(float));
+  parallel_for(planes, kPlaneGrain, (end - begin) * cols < kSerialCodes, [&](int64_t first, int64_t last) {
+    for (int64_t i = begin; i < end;) {
+      const Batch batch(call, end, &i);
+      call.kernels.bags(&call.w, batch.row, call.weights ? batch.weight : nullptr, batch.size, first, last, sum);
+    }
+  });
+  if (call.mean) {
+    int64_t counted = 0;
+    for (int64_t i = begin; i < end; i++) counted += !call.is_padding(i);
+    for (int64_t k = 0; k < cols && counted > 0; k++) sum[k] /= float(counted);
   }
-  if (call.mean && counted > 0)
-    for (int64_t k = 0; k < cols; k++) sum[k] /= float(counted);
-  call.kernels.store(sum, cols, nullptr, 1, cols, out, dtype, cols);
+  const float* ordered = sum;
+  if (call.w.perm) {
+    float* original = sum + planes * 64;
+    for (int64_t k = 0; k < cols; k++) original[call.w.perm[k]] = sum[k];
+    ordered = original;
+  }
+  call.kernels.store(ordered, cols, nullptr, 1, cols, out, dtype, cols);
 }
 
 int64_t largest_bag(const Bags& call, int64_t bags) {
@@ -137,24 +142,22 @@ lowbit_status lowbit_gather_bags(const lowbit_matrix* w, const void* ids, lowbit
   call.weights = weights;
   call.mean = mean != 0;
   call.padding_id = padding_id;
-  const int64_t looked_up = call.end(bags - 1) - call.begin(0);
-  LOWBIT_TRY(call.ids.find_bad(call.begin(0), call.end(bags - 1), padding_id, first_bad));
-  LOWBIT_TRY(select<Verb::gather>(call.w.format, &call.kernels.gather));
-  LOWBIT_TRY(select<Verb::accumulate>(0, &call.kernels.accumulate));
+  call.last = call.end(bags - 1);
+  const int64_t looked_up = call.last - call.begin(0);
+  LOWBIT_TRY(call.ids.find_bad(call.begin(0), call.last, padding_id, first_bad));
+  LOWBIT_TRY(select<Verb::bags>(call.w.format, &call.kernels.bags));
   LOWBIT_TRY(select<Verb::store>(0, &call.kernels.store));
 
   const int64_t threads = (looked_up + bags) * cols < kSerialCodes ? 1 : executor_threads();
   // A bag of more than twice a thread's share would be waited for: then bags come one by one, with all threads in each.
   const int64_t parts = largest_bag(call, bags) * threads > 2 * looked_up ? 1 : smaller(bags, threads);
-  int64_t most = kScratchFloats / cols * (parts == 1 ? threads : 1);
-  most = most < 1 ? 1 : smaller(most, kMostRows);
-  const size_t floats = size_t((1 + most) * cols + 15) / 16 * 16;  // of a part: whole cache lines
+  const size_t floats = size_t(row_planes(cols)) * 64 * (call.w.perm ? 2 : 1);  // of a part
   float* scratch = static_cast<float*>(aligned_alloc(64, size_t(parts) * floats * 4));
   if (!scratch) return fail(LOWBIT_OUT_OF_MEMORY, "scratch: no memory for %zu bytes", size_t(parts) * floats * 4);
   parallel_for(parts, 1, parts == 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; part++)
       for (int64_t bag = bags * part / parts; bag < bags * (part + 1) / parts; bag++)
-        sum_bag(call, bag, most, scratch + size_t(part) * floats,
+        sum_bag(call, bag, scratch + size_t(part) * floats,
                 static_cast<char*>(out) + bag * out_stride * dtype_bytes(out_dtype), out_dtype);
   });
   free(scratch);

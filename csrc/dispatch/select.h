@@ -7,7 +7,7 @@
 
 namespace lowbit {
 
-enum class Verb { activations, matmul, gather, store, solve, accumulate };
+enum class Verb { activations, matmul, gather, store, solve, bags };
 
 template <Verb V>
 struct KernelOf;
@@ -32,8 +32,8 @@ struct KernelOf<Verb::solve> {
   using Type = SolveKernel;
 };
 template <>
-struct KernelOf<Verb::accumulate> {
-  using Type = AccumulateKernel;
+struct KernelOf<Verb::bags> {
+  using Type = BagsKernel;
 };
 
 // Writes the best allowed kernel of a verb for a width (0: the verb has none) and records it as the thread's last one.

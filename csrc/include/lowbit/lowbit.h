@@ -293,7 +293,7 @@ LOWBIT_API const char* lowbit_isa(void);
 /* The kernel table, row by row: name as "int4_matmul__avx512vnni"; NULL past the end. runnable: features present. */
 LOWBIT_API const char* lowbit_kernel_name(int index, int* runnable);
 
-/* The kernel that a verb ("matmul", "gather", "activations", "store", "accumulate") would use now, or did last use on this thread;
+/* The kernel that a verb ("matmul", "gather", "bags", "activations", "store") would use now, or did last use on this thread;
  * "" if there is none. */
 LOWBIT_API const char* lowbit_selected_kernel(const char* verb, lowbit_format format);
 LOWBIT_API const char* lowbit_last_kernel(const char* verb);
