@@ -13,3 +13,5 @@ TOKENS = (1, 4, 16, 128)
 FEW_TOKENS = (1, 16)
 TABLE = (128256, 4096)  # rows and columns of the embedding: Llama-3-8B
 IDS = (1, 64, 4096)
+BAG_TABLES = (TABLE, (1_000_000, 128))  # the second: a table of a recommender
+BAG_IDS, BAGS = 4096, (64, 512)  # ids in all, in so many bags of one size

@@ -85,18 +85,29 @@ def matmul(contents: dict) -> str:
     return "\n\n".join(parts)
 
 
+OUTPUTS = {"fresh": "new output", "reused": "same output", "op": "as an operator"}
+
+
 def gather(contents: dict) -> str:
+    """Lookups, then embedding bags where they were measured."""
     rows = [r for r in contents["rows"] if r["ids"]]
-    found = {(r["subject"], r["ids"], r["case"]): r for r in rows}
-    columns = sorted({(r["ids"], r["case"]) for r in rows}, key=lambda c: (c[1], c[0]))
-    header = ["lookups, ns a row"] + [
-        f"{ids} ids, {'new' if case == 'fresh' else 'same'} output" for ids, case in columns
-    ]
-    subjects = sorted({(not r["ours"], r["bits"], r["subject"]) for r in rows})
-    lines = [
-        [name] + [_cell(found.get((name, *column)), "ns_per_row", False) for column in columns]
-        for _, _, name in subjects
-    ]
+    lookups = {(r["subject"], r["ids"], r["case"]): r for r in rows if r["case"] in OUTPUTS}
+    columns = sorted({(r["ids"], r["case"]) for r in lookups.values()}, key=lambda c: (list(OUTPUTS).index(c[1]), c[0]))
+    header = ["lookups, ns a row"] + [f"{ids} ids, {OUTPUTS[case]}" for ids, case in columns]
+    parts = [_by_subject(header, lookups, columns)]
+    bags = {(r["subject"], r["rows"], r["cols"], r["ids"], r["bags"]): r for r in rows if r["case"] == "bags"}
+    if bags:
+        columns = list(dict.fromkeys(key[1:] for key in bags))
+        header = ["sums of bags, ns an id (share of bandwidth)"]
+        header += [f"{rows}×{cols}, {ids} ids in {count}" for rows, cols, ids, count in columns]
+        parts.append(_by_subject(header, bags, columns, share=True))
+    return "\n\n".join(parts)
+
+
+def _by_subject(header: list[str], found: dict[tuple, dict], columns: list[tuple], share: bool = False) -> str:
+    """A line a subject, ours first; found: by subject and column."""
+    subjects = sorted({(not r["ours"], r["bits"], r["subject"]) for r in found.values()})
+    lines = [[name] + [_cell(found.get((name, *c)), "ns_per_row", share) for c in columns] for _, _, name in subjects]
     return grid(header, lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+from functools import partial
 
 import harness
 
@@ -28,6 +29,7 @@ class Library:
                 for m in self.module.MATMUL
             ],
             "gather": [{"name": g.name, "bits": g.bits, "output": g.output} for g in self.module.GATHER],
+            "bags": [{"name": g.name, "bits": g.bits, "output": g.output} for g in getattr(self.module, "BAGS", [])],
         }
 
     def weights(self, name: str, cols: int, rows: int, megabytes: int) -> dict:
@@ -41,7 +43,17 @@ class Library:
         subject = next(g for g in self.module.GATHER if g.name == name)
         self.held[name] = made = subject.table(rows, cols)
         gc.collect()
-        return {"row_bytes": made.row_bytes, "reuses_output": made.output(1) is not None}
+        return {
+            "row_bytes": made.row_bytes,
+            "reuses_output": made.output(1) is not None,
+            "has_op": hasattr(made, "op"),
+        }
+
+    def bag_table(self, name: str, cols: int, rows: int) -> dict:
+        subject = next(g for g in self.module.BAGS if g.name == name)
+        self.held[name] = made = subject.table(rows, cols)
+        gc.collect()
+        return {"row_bytes": made.row_bytes}
 
     def release(self) -> None:
         self.held.clear()
@@ -59,18 +71,29 @@ class Library:
         return self._slice((name, tokens, case), calls, seconds, held.matrices_per_call if case == "dram" else 1)
 
     def gather(self, name: str, count: int, case: str, seconds: float) -> list[float]:
-        """A slice: seconds per call. case: "fresh" allocates each output, "reused" writes to one again and again."""
+        """A slice: seconds per call. case: "fresh" allocates each output, "reused" writes to one again and again, "op"
+        goes through the library's operator."""
         table = self.held[name]
 
         def make() -> list:
             # Enough different rows that the table is read from DRAM, and that no call repeats a recent one.
             sets = [table.ids(count) for _ in range({1: 16384, 64: 2048}.get(count, 64))]
-            if case == "fresh":
-                return [lambda ids=ids: table.gather(ids) for ids in sets]
+            if case in ("fresh", "op"):
+                lookup = table.gather if case == "fresh" else table.op
+                return [lambda ids=ids: lookup(ids) for ids in sets]
             output = table.output(count)
             return [lambda ids=ids: table.gather_into(ids, output) for ids in sets]
 
         return self._slice((name, count, case), self._calls((name, count, case), make), seconds, 1)
+
+    def bags(self, name: str, count: int, bags: int, seconds: float) -> list[float]:
+        """A slice: seconds per call that sums `count` ids in `bags` bags."""
+        table = self.held[name]
+
+        def make() -> list:
+            return [partial(table.sum, table.bags(count, bags)) for _ in range(64)]
+
+        return self._slice((name, count, bags), self._calls((name, count, bags), make), seconds, 1)
 
     def kernel(self, verb: str) -> str | None:
         """The name of the kernel that ran last, where the library tells."""
@@ -91,5 +114,5 @@ class Library:
 
 if __name__ == "__main__":
     library = Library(sys.argv[1])
-    questions = ("describe", "weights", "table", "release", "error", "matmul", "gather", "kernel")
+    questions = ("describe", "weights", "table", "bag_table", "release", "error", "matmul", "gather", "bags", "kernel")
     harness.serve({question: getattr(library, question) for question in questions})

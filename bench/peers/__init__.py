@@ -1,8 +1,8 @@
 """The subjects of the benchmarks: lowbit (ours.py) and the peers, one file a library, all with the same interface.
 
 A file offers available() -> {library: version} (raising ImportError with the reason when it is not installed), MATMUL:
-a list of Matmul, and GATHER: a list of Gather. Whatever a library calls its parts, here K is cols (in_features) and N
-is rows (out_features).
+a list of Matmul, GATHER: a list of Gather, and where it sums embedding bags, BAGS: a list of Gather again. Whatever a
+library calls its parts, here K is cols (in_features) and N is rows (out_features).
 """
 
 from __future__ import annotations
@@ -57,6 +57,14 @@ class Table(Protocol):
 
     def gather_into(self, ids, output) -> object:
         """The rows of `ids`, in the given output."""
+
+    # A table of BAGS has ids() and these.
+
+    def bags(self, count: int, bags: int):
+        """A set of `count` random ids in `bags` bags of one size in the form that sum takes."""
+
+    def sum(self, bags) -> object:
+        """The sums of the bags' rows, in a new output."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""FBGEMM: its inference embedding tables (row-wise int8 and int4), one id a bag of one, unpooled."""
+"""FBGEMM: its inference embedding tables (row-wise int8 and int4): one id a bag of one, unpooled; and bags."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def available() -> dict:
 
 
 class _Rowwise:
-    def __init__(self, weights: SparseType, output: SparseType, rows: int, cols: int):
+    def __init__(self, pooling: PoolingMode, weights: SparseType, output: SparseType, rows: int, cols: int):
         self.module = IntNBitTableBatchedEmbeddingBagsCodegen(
             [("table", rows, cols, weights, EmbeddingLocation.HOST)],
-            pooling_mode=PoolingMode.NONE,
+            pooling_mode=pooling,
             output_dtype=output,
             device="cpu",
         )
@@ -38,14 +38,25 @@ class _Rowwise:
     def gather(self, ids: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return self.module(*ids)
 
+    def bags(self, count: int, bags: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.ids(count)[0], torch.arange(0, count + 1, count // bags, dtype=torch.int32)
+
+    sum = gather  # pooled, where the table was made so
+
     def output(self, count: int) -> None:
         return None
 
 
+_lookup, _pooled = (partial(_Rowwise, pooling) for pooling in (PoolingMode.NONE, PoolingMode.SUM))
+
 MATMUL: list = []
 GATHER = [
-    Gather("fbgemm int8 -> f32", 8, "f32", partial(_Rowwise, SparseType.INT8, SparseType.FP32)),
-    Gather("fbgemm int8 -> bf16", 8, "bf16", partial(_Rowwise, SparseType.INT8, SparseType.BF16)),
-    Gather("fbgemm int4 -> f32", 4, "f32", partial(_Rowwise, SparseType.INT4, SparseType.FP32)),
-    Gather("fbgemm int4 -> bf16", 4, "bf16", partial(_Rowwise, SparseType.INT4, SparseType.BF16)),
+    Gather("fbgemm int8 -> f32", 8, "f32", partial(_lookup, SparseType.INT8, SparseType.FP32)),
+    Gather("fbgemm int8 -> bf16", 8, "bf16", partial(_lookup, SparseType.INT8, SparseType.BF16)),
+    Gather("fbgemm int4 -> f32", 4, "f32", partial(_lookup, SparseType.INT4, SparseType.FP32)),
+    Gather("fbgemm int4 -> bf16", 4, "bf16", partial(_lookup, SparseType.INT4, SparseType.BF16)),
+]
+BAGS = [
+    Gather("fbgemm int8", 8, "f32", partial(_pooled, SparseType.INT8, SparseType.FP32)),
+    Gather("fbgemm int4", 4, "f32", partial(_pooled, SparseType.INT4, SparseType.FP32)),
 ]

@@ -77,6 +77,20 @@ class _Table:
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         return self.packed.gather(ids, dtype=self.dtype)
 
+    def op(self, ids: torch.Tensor) -> torch.Tensor:
+        """What a compiled model calls."""
+        packed, layout = self.packed, self.packed.layout
+        tensors = packed.codes, packed.scales, packed.zeros, packed.perm
+        return torch.ops.lowbit.gather(
+            ids, *tensors, layout.format, layout.cols, layout.group_size, self.dtype, "error"
+        )
+
+    def bags(self, count: int, bags: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.ids(count), torch.arange(0, count + 1, count // bags)
+
+    def sum(self, bags: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self.packed.gather_bags(*bags, dtype=self.dtype)
+
     def output(self, count: int) -> torch.Tensor:
         return torch.empty(count, self.packed.cols, dtype=self.dtype)
 
@@ -110,3 +124,7 @@ def _gathers() -> list[Gather]:
 
 MATMUL = _matmuls()
 GATHER = _gathers()
+BAGS = [
+    Gather("lowbit int4 g128", 4, "f32", partial(_Table, "int4", torch.float32)),
+    Gather("lowbit int8", 8, "f32", partial(_Table, "int8", torch.float32)),
+]

@@ -95,6 +95,13 @@ class _Dense:
     def gather_into(self, ids: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         return torch.index_select(self.table, 0, ids, out=output)
 
+    def bags(self, count: int, bags: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.ids(count), torch.arange(0, count, count // bags)
+
+    def sum(self, bags: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        ids, offsets = bags
+        return F.embedding_bag(ids, self.table, offsets, mode="sum")
+
 
 class _Quantized:
     """torch.ops.quantized.embedding_byte and embedding_4bit: a scale and an offset at the end of each row."""
@@ -106,6 +113,7 @@ class _Quantized:
         quantized = torch.quantize_per_channel(w, scales, zeros, 0, dtype)
         self.packed = torch.ops.quantized.embedding_bag_prepack(quantized)
         self.lookup = torch.ops.quantized.embedding_byte if bits == 8 else torch.ops.quantized.embedding_4bit
+        self.add = torch.ops.quantized.embedding_bag_byte if bits == 8 else torch.ops.quantized.embedding_bag_4bit
         self.rows, self.row_bytes = rows, cols * bits // 8 + (8 if bits == 8 else 4)
 
     def ids(self, count: int) -> torch.Tensor:
@@ -114,6 +122,12 @@ class _Quantized:
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         return self.lookup(self.packed, ids)
 
+    def bags(self, count: int, bags: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.ids(count), torch.arange(0, count, count // bags)
+
+    def sum(self, bags: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self.add(self.packed, *bags, mode=0)
+
     def output(self, count: int) -> None:
         return None
 
@@ -121,6 +135,11 @@ class _Quantized:
 GATHER = [
     Gather("torch f32", 32, "f32", partial(_Dense, torch.float32)),
     Gather("torch bf16", 16, "bf16", partial(_Dense, torch.bfloat16)),
+    Gather("torch quantized byte", 8, "f32", partial(_Quantized, 8)),
+    Gather("torch quantized 4-bit", 4, "f32", partial(_Quantized, 4)),
+]
+BAGS = [
+    Gather("torch f32", 32, "f32", partial(_Dense, torch.float32)),
     Gather("torch quantized byte", 8, "f32", partial(_Quantized, 8)),
     Gather("torch quantized 4-bit", 4, "f32", partial(_Quantized, 4)),
 ]

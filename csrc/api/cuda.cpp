@@ -205,14 +205,16 @@ lowbit_status lowbit_cuda_gather(const lowbit_cuda_queue* queue, const lowbit_ma
 
 lowbit_status lowbit_cuda_gather_bags(const lowbit_cuda_queue* queue, const lowbit_matrix* w, const void* ids,
                                       lowbit_dtype id_dtype, int64_t count, const int64_t* offsets, int64_t bags,
-                                      int mean, lowbit_id_policy policy, int64_t padding_id, int64_t* first_bad,
-                                      void* out, lowbit_dtype out_dtype, int64_t out_stride) {
+                                      const float* weights, int mean, lowbit_id_policy policy, int64_t padding_id,
+                                      int64_t* first_bad, void* out, lowbit_dtype out_dtype, int64_t out_stride) {
   CudaGather call{};
   LOWBIT_TRY(check_gather(w, ids, id_dtype, count, policy, first_bad, bags, out, out_dtype, out_stride, &call));
   if (bags > 0 && !offsets) return fail(LOWBIT_INVALID_ARGUMENT, "offsets: expected a pointer, got NULL");
+  if (mean && weights) return fail(LOWBIT_INVALID_ARGUMENT, "weights: expected NULL with mean, got a pointer");
   call.padding_id = padding_id;
   call.offsets = offsets;
   call.bags = bags;
+  call.weights = weights;
   call.mean = mean != 0;
   Target target;
   LOWBIT_TRY(find_target(queue, &target));

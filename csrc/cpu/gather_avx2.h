@@ -1,10 +1,13 @@
 // out[i,k] = s[n,g] * float(code[n,k] - zero[n,g]), n = ids[i], rounded once to fp32, fp16 or bf16, on AVX2.
 //
 // To 16 bits, codes of up to 4 bits look their value up: the 16 values of a group are computed and rounded once, their
-// low and high bytes become two vpshufb tables. Everything else is computed. A row is a plane of 64 codes at a time;
+// low and high bytes become two vpshufb tables. Everything else is computed. Bags add the floats to a sum that stays in
+// the cache: sum[j] = fma(weights[i], value, sum[j]), in packed order. A row is a plane of 64 codes at a time;
 // the lines of the next row are prefetched meanwhile. Bound by the memory: the output is 4 to 8 times the codes.
 #ifndef LOWBIT_CPU_GATHER_AVX2_H
 #define LOWBIT_CPU_GATHER_AVX2_H
+
+#include <math.h>
 
 #include "cpu/planes_avx2.h"
 
@@ -39,12 +42,13 @@ struct GroupCursor {
     scale = load_float_at(scales, scale_dtype, base);
     if (zeros) zero = zeros[base];
   }
-  LOWBIT_INLINE GroupCursor(const lowbit_matrix* w, int64_t row)
+  // At column k of a row: a multiple of 64.
+  LOWBIT_INLINE GroupCursor(const lowbit_matrix* w, int64_t row, int64_t k)
       : scales(w->scales),
         zeros(w->zeros),
         group_size(w->group_size),
-        base((w->scale_rows == 1 ? 0 : row) * w->scale_cols),
-        end(w->scale_cols == 1 ? INT64_MAX : w->group_size),
+        base((w->scale_rows == 1 ? 0 : row) * w->scale_cols + (w->scale_cols == 1 ? 0 : k / w->group_size)),
+        end(w->scale_cols == 1 ? INT64_MAX : (k / w->group_size + 1) * w->group_size),
         scale_dtype(w->scale_dtype),
         zero(middle_code(w->format)) {
     load();
@@ -78,19 +82,27 @@ struct ByteTables {
   }
 };
 
+// What becomes of a row: it is written as floats or as 16-bit floats, or added to a sum, times its weight.
+enum class Into { kFloats, kHalves, kSum };
+
 // Writes planes of one row, in packed order and in full; columns beyond cols get the values of the last group.
-template <int kBits, bool kHalf>
+template <int kBits, Into kInto>
 struct RowDecoder {
-  static constexpr bool kTable = kBits <= 4 && kHalf;
+  static constexpr bool kHalf = kInto == Into::kHalves, kTable = kBits <= 4 && kHalf;
   GroupCursor at;
   lowbit_dtype dtype;
   ByteTables tables;  // kTable: of the current group
+  __m256 weight;      // kSum
 
-  LOWBIT_INLINE RowDecoder(const lowbit_matrix* w, int64_t row, lowbit_dtype dtype)
-      : at(w, row), dtype(dtype), tables(at, dtype) {}
+  LOWBIT_INLINE RowDecoder(const lowbit_matrix* w, int64_t row, int64_t k, lowbit_dtype dtype, float weight)
+      : at(w, row, k), dtype(dtype), tables(at, dtype), weight(_mm256_set1_ps(weight)) {}
 
   LOWBIT_INLINE void move(int64_t k, int64_t cols) {
     if (k < cols && at.advance(k) && kTable) tables = ByteTables(at, dtype);
+  }
+
+  LOWBIT_INLINE void store(float* to, __m256 value) const {
+    _mm256_storeu_ps(to, kInto == Into::kSum ? _mm256_fmadd_ps(weight, value, _mm256_loadu_ps(to)) : value);
   }
 
   // 16 columns.
@@ -108,19 +120,19 @@ struct RowDecoder {
       }
     } else {
       float* to = static_cast<float*>(out);
-      _mm256_storeu_ps(to, decode(codes, at));
-      _mm256_storeu_ps(to + 8, decode(_mm_srli_si128(codes, 8), at));
+      store(to, decode(codes, at));
+      store(to + 8, decode(_mm_srli_si128(codes, 8), at));
     }
   }
 };
 
 // One row, four planes at a time; `next` is the row decoded after it, whose lines are fetched meanwhile. With perm the
 // values of a plane are scattered to their original columns one by one.
-template <int kBits, bool kHalf, class Element>
+template <int kBits, Into kInto, class Element>
 struct RowGather {
   static constexpr int kPlanes = kBits == kTrit ? kTritPlanes : 4;
   const lowbit_matrix* w;
-  RowDecoder<kBits, kHalf> decoder;
+  RowDecoder<kBits, kInto> decoder;
   const uint8_t* codes;
   Element* out;
 
@@ -134,30 +146,31 @@ struct RowGather {
       const __m256i a = peel<kBits, 4, false, i, 0>(from, first, row_planes(cols));
       const __m256i b = peel<kBits, 4, false, i, 1>(from, first, row_planes(cols));
       alignas(32) Element values[64];
-      Element* to = w->perm || k + 64 > cols ? values : out + k;
+      const bool aside = kInto != Into::kSum && (w->perm || k + 64 > cols);  // a sum has room for whole planes
+      Element* to = aside ? values : out + k;
       decoder.sixteen(_mm256_castsi256_si128(a), k, cols, to);
       decoder.sixteen(_mm256_extracti128_si256(a, 1), k + 16, cols, to + 16);
       decoder.sixteen(_mm256_castsi256_si128(b), k + 32, cols, to + 32);
       decoder.sixteen(_mm256_extracti128_si256(b, 1), k + 48, cols, to + 48);
-      if (w->perm) {
+      if (aside && w->perm) {
         for (int64_t j = 0; j < 64 && k + j < cols; j++) out[w->perm[k + j]] = values[j];
-      } else if (k + 64 > cols) {
+      } else if (aside) {
         memcpy(out + k, values, size_t(cols - k) * sizeof(Element));
       }
       planes<i + 1>(from, plane);
     }
   }
 
-  LOWBIT_INLINE void row(const uint8_t* next, int64_t row_bytes) {
+  LOWBIT_INLINE void row(const uint8_t* next, int64_t row_bytes, int64_t plane_begin, int64_t plane_end) {
     if constexpr (kBits == kTrit) {
       alignas(32) uint8_t bytes[kTritPlanes * 64];
-      for (int64_t line = 0; line * kLineBytes < row_bytes; line++) {
+      for (int64_t line = plane_begin / kTritPlanes; line * kTritPlanes < plane_end; line++) {
         prefetch(next + line * kLineBytes);
         decode_trits(codes, line, 1, bytes);
         planes<0>(bytes, line * kTritPlanes);
       }
     } else {
-      for (int64_t plane = 0; plane * 64 < w->cols; plane += 4) {
+      for (int64_t plane = plane_begin; plane < plane_end; plane += 4) {
         // Four planes are 32 * kBits bytes; their lines may be begun by the block before.
         const int64_t begin = ceil_div(plane * 8 * kBits, kLineBytes) * kLineBytes;
         for (int64_t at = begin; at < (plane + 4) * 8 * kBits && at < row_bytes; at += kLineBytes) prefetch(next + at);
@@ -167,7 +180,12 @@ struct RowGather {
   }
 };
 
-template <int kBits, bool kHalf, class Element>
+LOWBIT_INLINE const uint8_t* next_row(const lowbit_matrix* w, const int64_t* ids, int64_t i, int64_t count,
+                                      int64_t row_bytes) {
+  return w->codes + (i + 1 < count && ids[i + 1] >= 0 ? ids[i + 1] : ids[i]) * row_bytes;
+}
+
+template <int kBits, Into kInto, class Element>
 void gather_rows(const lowbit_matrix* w, const int64_t* ids, int64_t count, Element* out, lowbit_dtype dtype,
                  int64_t out_stride) {
   const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes;
@@ -176,10 +194,9 @@ void gather_rows(const lowbit_matrix* w, const int64_t* ids, int64_t count, Elem
       memset(out, 0, size_t(w->cols) * sizeof(Element));
       continue;
     }
-    const uint8_t* codes = w->codes + ids[i] * row_bytes;
-    const uint8_t* next = i + 1 < count && ids[i + 1] >= 0 ? w->codes + ids[i + 1] * row_bytes : codes;
-    RowGather<kBits, kHalf, Element> gather = {w, RowDecoder<kBits, kHalf>(w, ids[i], dtype), codes, out};
-    gather.row(next, row_bytes);
+    RowGather<kBits, kInto, Element> gather = {w, RowDecoder<kBits, kInto>(w, ids[i], 0, dtype, 1.0f),
+                                               w->codes + ids[i] * row_bytes, out};
+    gather.row(next_row(w, ids, i, count, row_bytes), row_bytes, 0, row_planes(w->cols));
   }
 }
 
@@ -187,9 +204,26 @@ template <int kBits>
 LOWBIT_INLINE void gather(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out, lowbit_dtype dtype,
                           int64_t out_stride) {
   if (dtype == LOWBIT_F32)
-    gather_rows<kBits, false>(w, ids, count, static_cast<float*>(out), dtype, out_stride);
+    gather_rows<kBits, Into::kFloats>(w, ids, count, static_cast<float*>(out), dtype, out_stride);
   else
-    gather_rows<kBits, true>(w, ids, count, static_cast<uint16_t*>(out), dtype, out_stride);
+    gather_rows<kBits, Into::kHalves>(w, ids, count, static_cast<uint16_t*>(out), dtype, out_stride);
+}
+
+template <int kBits>
+LOWBIT_INLINE void bags(const lowbit_matrix* w, const int64_t* ids, const float* weights, int64_t count,
+                        int64_t plane_begin, int64_t plane_end, float* sum) {
+  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes;
+  for (int64_t i = 0; i < count; i++) {
+    const float weight = weights ? weights[i] : 1.0f;
+    if (ids[i] < 0) {
+      for (int64_t k = plane_begin * 64; k < plane_end * 64; k++) sum[k] = fmaf(weight, 0.0f, sum[k]);
+      continue;
+    }
+    RowGather<kBits, Into::kSum, float> gather = {
+        w, RowDecoder<kBits, Into::kSum>(w, ids[i], plane_begin * 64, LOWBIT_F32, weight),
+        w->codes + ids[i] * row_bytes, sum};
+    gather.row(next_row(w, ids, i, count, row_bytes), row_bytes, plane_begin, plane_end);
+  }
 }
 
 }  // namespace

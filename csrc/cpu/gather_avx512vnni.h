@@ -1,11 +1,13 @@
 // out[i,k] = s[n,g] * float(code[n,k] - zero[n,g]), n = ids[i], rounded once to fp32, fp16 or bf16, on AVX-512.
 //
 // Codes of up to 4 bits look their value up: the 16 values of a group are computed and rounded once, then a register of
-// codes becomes 32 halves (vpermw) or 16 floats (vpermps). int8 computes them. A row is a plane of 64 codes at a time;
+// codes becomes 32 halves (vpermw) or 16 floats (vpermps). int8 computes them. Bags add the floats to a sum that stays in
+// the cache: sum[j] = fma(weights[i], value, sum[j]), in packed order. A row is a plane of 64 codes at a time;
 // the lines of the next row are prefetched meanwhile. Bound by the memory: the output is 4 to 8 times the codes.
 #ifndef LOWBIT_CPU_GATHER_AVX512VNNI_H
 #define LOWBIT_CPU_GATHER_AVX512VNNI_H
 
+#include <math.h>
 #include <string.h>
 
 #include "cpu/planes_avx512.h"
@@ -40,12 +42,13 @@ struct GroupCursor {
     scale = _mm512_cvtss_f32(load_floats(scales, scale_dtype, base, 1));
     if (zeros) zero = zeros[base];
   }
-  LOWBIT_INLINE GroupCursor(const lowbit_matrix* w, int64_t row)
+  // At column k of a row: a multiple of 64.
+  LOWBIT_INLINE GroupCursor(const lowbit_matrix* w, int64_t row, int64_t k)
       : scales(w->scales),
         zeros(w->zeros),
         group_size(w->group_size),
-        base((w->scale_rows == 1 ? 0 : row) * w->scale_cols),
-        end(w->scale_cols == 1 ? INT64_MAX : w->group_size),
+        base((w->scale_rows == 1 ? 0 : row) * w->scale_cols + (w->scale_cols == 1 ? 0 : k / w->group_size)),
+        end(w->scale_cols == 1 ? INT64_MAX : (k / w->group_size + 1) * w->group_size),
         scale_dtype(w->scale_dtype),
         zero(middle_code(w->format)) {
     load();
@@ -75,17 +78,25 @@ LOWBIT_INLINE __m128i codes16(__m512i codes) {
   return _mm512_extracti32x4_epi32(codes, i);
 }
 
+// What becomes of a row: it is written as floats or as 16-bit floats, or added to a sum, times its weight.
+enum class Into { kFloats, kHalves, kSum };
+
 // Writes 64 columns of one row, in packed order, to out[0..count). The tables of the groups live in the decoder.
-template <int kBits, bool kHalf>
+template <int kBits, Into kInto>
 struct RowDecoder {
-  static constexpr bool kTable = kBits <= 4;
+  static constexpr bool kTable = kBits <= 4, kHalf = kInto == Into::kHalves;
   GroupCursor at;
   lowbit_dtype dtype;
   __m512 floats;   // kTable, fp32: the values of the current group
   __m512i halves;  // kTable, 16 bits: those of the groups of the next 16 and the following 16 columns
+  __m512 weight;   // kSum
 
-  LOWBIT_INLINE RowDecoder(const lowbit_matrix* w, int64_t row, lowbit_dtype dtype)
-      : at(w, row), dtype(dtype), floats(group_table(at)), halves(_mm512_setzero_si512()) {
+  LOWBIT_INLINE RowDecoder(const lowbit_matrix* w, int64_t row, int64_t k, lowbit_dtype dtype, float weight)
+      : at(w, row, k),
+        dtype(dtype),
+        floats(group_table(at)),
+        halves(_mm512_setzero_si512()),
+        weight(_mm512_set1_ps(weight)) {
     if (kTable && kHalf) halves = _mm512_broadcast_i64x4(to_half(floats, dtype));
   }
 
@@ -122,9 +133,16 @@ struct RowDecoder {
     return kTable ? _mm512_permutexvar_ps(index, floats) : decode(index, at);
   }
 
+  LOWBIT_INLINE void store(float* to, __m512 value) const {
+    _mm512_storeu_ps(to, kInto == Into::kSum ? _mm512_fmadd_ps(weight, value, _mm512_loadu_ps(to)) : value);
+  }
+
   LOWBIT_INLINE void float_block(__m128i codes, int64_t k, int64_t cols, float* out) {
     if (at.advance(k) && kTable) floats = group_table(at);
-    _mm512_mask_storeu_ps(out, first_lanes(cols - k), values16(codes));
+    const __mmask16 mask = first_lanes(cols - k);
+    __m512 value = values16(codes);
+    if constexpr (kInto == Into::kSum) value = _mm512_fmadd_ps(weight, value, _mm512_maskz_loadu_ps(mask, out));
+    _mm512_mask_storeu_ps(out, mask, value);
   }
 
   LOWBIT_INLINE void plane(__m512i codes, int64_t k, int64_t cols, void* out) {
@@ -147,10 +165,10 @@ struct RowDecoder {
     } else {
       float* to = static_cast<float*>(out);
       if (whole) {
-        _mm512_storeu_ps(to, values16(codes16<0>(codes)));
-        _mm512_storeu_ps(to + 16, values16(codes16<1>(codes)));
-        _mm512_storeu_ps(to + 32, values16(codes16<2>(codes)));
-        _mm512_storeu_ps(to + 48, values16(codes16<3>(codes)));
+        store(to, values16(codes16<0>(codes)));
+        store(to + 16, values16(codes16<1>(codes)));
+        store(to + 32, values16(codes16<2>(codes)));
+        store(to + 48, values16(codes16<3>(codes)));
       } else {
         float_block(codes16<0>(codes), k, cols, to);
         if (k + 16 < cols) float_block(codes16<1>(codes), k + 16, cols, to + 16);
@@ -163,11 +181,11 @@ struct RowDecoder {
 
 // One row, four planes at a time (five of trits); `next` is the row decoded after it, whose lines are fetched
 // meanwhile. With perm the values of a plane are scattered to their original columns one by one.
-template <int kBits, bool kHalf, class Element>
+template <int kBits, Into kInto, class Element>
 struct RowGather {
   static constexpr int kPlanes = kBits == kTrit ? kTritPlanes : 4;
   const lowbit_matrix* w;
-  RowDecoder<kBits, kHalf> decoder;
+  RowDecoder<kBits, kInto> decoder;
   const uint8_t* codes;
   Element* out;
 
@@ -178,7 +196,7 @@ struct RowGather {
       const int64_t k = (plane + i) * 64, cols = w->cols;
       if (k >= cols) return;
       const __m512i plane_codes = peel<kBits, 4, false, i>(from, kBits == kTrit ? 0 : plane, row_planes(cols));
-      if (!w->perm) {
+      if (kInto == Into::kSum || !w->perm) {
         decoder.plane(plane_codes, k, cols, out + k);
       } else {
         alignas(64) Element values[64];
@@ -189,17 +207,17 @@ struct RowGather {
     }
   }
 
-  LOWBIT_INLINE void row(const uint8_t* next, int64_t row_bytes) {
+  LOWBIT_INLINE void row(const uint8_t* next, int64_t row_bytes, int64_t plane_begin, int64_t plane_end) {
     if constexpr (kBits == kTrit) {
       const TritDecoder trits;
       alignas(64) uint8_t bytes[kTritPlanes * 64];
-      for (int64_t line = 0; line * kLineBytes < row_bytes; line++) {
+      for (int64_t line = plane_begin / kTritPlanes; line * kTritPlanes < plane_end; line++) {
         prefetch(next + line * kLineBytes);
         decode_trits(trits, codes, line, 1, bytes);
         planes<0>(bytes, line * kTritPlanes);
       }
     } else {
-      for (int64_t plane = 0; plane * 64 < w->cols; plane += 4) {
+      for (int64_t plane = plane_begin; plane < plane_end; plane += 4) {
         // Four planes are 32 * kBits bytes; their lines may be begun by the block before.
         const int64_t begin = ceil_div(plane * 8 * kBits, kLineBytes) * kLineBytes;
         for (int64_t at = begin; at < (plane + 4) * 8 * kBits && at < row_bytes; at += kLineBytes) prefetch(next + at);
@@ -209,7 +227,12 @@ struct RowGather {
   }
 };
 
-template <int kBits, bool kHalf, class Element>
+LOWBIT_INLINE const uint8_t* next_row(const lowbit_matrix* w, const int64_t* ids, int64_t i, int64_t count,
+                                      int64_t row_bytes) {
+  return w->codes + (i + 1 < count && ids[i + 1] >= 0 ? ids[i + 1] : ids[i]) * row_bytes;
+}
+
+template <int kBits, Into kInto, class Element>
 void gather_rows(const lowbit_matrix* w, const int64_t* ids, int64_t count, Element* out, lowbit_dtype dtype,
                  int64_t out_stride) {
   const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes;
@@ -218,10 +241,9 @@ void gather_rows(const lowbit_matrix* w, const int64_t* ids, int64_t count, Elem
       memset(out, 0, size_t(w->cols) * sizeof(Element));
       continue;
     }
-    const uint8_t* codes = w->codes + ids[i] * row_bytes;
-    const uint8_t* next = i + 1 < count && ids[i + 1] >= 0 ? w->codes + ids[i + 1] * row_bytes : codes;
-    RowGather<kBits, kHalf, Element> gather = {w, RowDecoder<kBits, kHalf>(w, ids[i], dtype), codes, out};
-    gather.row(next, row_bytes);
+    RowGather<kBits, kInto, Element> gather = {w, RowDecoder<kBits, kInto>(w, ids[i], 0, dtype, 1.0f),
+                                               w->codes + ids[i] * row_bytes, out};
+    gather.row(next_row(w, ids, i, count, row_bytes), row_bytes, 0, row_planes(w->cols));
   }
 }
 
@@ -229,9 +251,26 @@ template <int kBits>
 LOWBIT_INLINE void gather(const lowbit_matrix* w, const int64_t* ids, int64_t count, void* out, lowbit_dtype dtype,
                           int64_t out_stride) {
   if (dtype == LOWBIT_F32)
-    gather_rows<kBits, false>(w, ids, count, static_cast<float*>(out), dtype, out_stride);
+    gather_rows<kBits, Into::kFloats>(w, ids, count, static_cast<float*>(out), dtype, out_stride);
   else
-    gather_rows<kBits, true>(w, ids, count, static_cast<uint16_t*>(out), dtype, out_stride);
+    gather_rows<kBits, Into::kHalves>(w, ids, count, static_cast<uint16_t*>(out), dtype, out_stride);
+}
+
+template <int kBits>
+LOWBIT_INLINE void bags(const lowbit_matrix* w, const int64_t* ids, const float* weights, int64_t count,
+                        int64_t plane_begin, int64_t plane_end, float* sum) {
+  const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes;
+  for (int64_t i = 0; i < count; i++) {
+    const float weight = weights ? weights[i] : 1.0f;
+    if (ids[i] < 0) {
+      for (int64_t k = plane_begin * 64; k < plane_end * 64; k++) sum[k] = fmaf(weight, 0.0f, sum[k]);
+      continue;
+    }
+    RowGather<kBits, Into::kSum, float> gather = {
+        w, RowDecoder<kBits, Into::kSum>(w, ids[i], plane_begin * 64, LOWBIT_F32, weight),
+        w->codes + ids[i] * row_bytes, sum};
+    gather.row(next_row(w, ids, i, count, row_bytes), row_bytes, plane_begin, plane_end);
+  }
 }
 
 }  // namespace

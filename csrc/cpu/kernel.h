@@ -55,6 +55,14 @@ typedef void (*GatherKernel)(const lowbit_matrix* w, const int64_t* ids, int64_t
 typedef void (*StoreKernel)(const float* tile, int64_t tile_stride, const float* bias, int64_t tokens, int64_t rows,
                             void* y, lowbit_dtype dtype, int64_t y_stride);
 
+// sum[j] = fma(weights[i], v, sum[j]) for i = 0, 1, ... count - 1, v being column j of row ids[i] in fp32, in the order
+// that the matrix is packed in (perm is not read); a negative id is a row of zeros. weights NULL: all 1, which makes it a
+// plain addition. For the columns of planes [plane_begin, plane_end): plane_begin is a multiple of kPlaneGrain, plane_end
+// one too or the end. sum has places for whole planes; those beyond cols are left with anything.
+typedef void (*BagsKernel)(const lowbit_matrix* w, const int64_t* ids, const float* weights, int64_t count,
+                           int64_t plane_begin, int64_t plane_end, float* sum);
+constexpr int64_t kPlaneGrain = 20;  // what every format's kernels walk by: 4 planes, or the 5 of a line of trits
+
 // The index of the scale of (row, group), for [rows][G], [rows][1] and [1][1] scales alike.
 inline int64_t scale_index(const lowbit_matrix* w, int64_t row, int64_t group) {
   return (w->scale_rows == 1 ? 0 : row) * w->scale_cols + (w->scale_cols == 1 ? 0 : group);

@@ -13,7 +13,7 @@
 
 namespace lowbit {
 
-constexpr int32_t kCudaBackendVersion = 1;
+constexpr int32_t kCudaBackendVersion = 2;
 
 // Where a failed call says what happened; liblowbit copies it to the thread's message.
 struct CudaMessage {
@@ -44,6 +44,7 @@ struct CudaGather {
   int64_t* first_bad;       // ERROR: the smallest place of an id outside, if any is; set to INT64_MAX before
   const int64_t* offsets;   // [bags + 1] into ids: one sum or mean a bag; NULL: one row an id
   int64_t bags;
+  const float* weights;  // [count]: of each row in its sum; NULL: 1
   bool mean;
   void* out;
   lowbit_dtype out_dtype;

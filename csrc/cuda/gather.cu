@@ -1,7 +1,9 @@
 // Rows of a packed matrix as floats, for every format:
 //   gather  out[i][perm[k]] = scale[n][g] * (code[n][k] - zero[n][g]),  n = ids[i], g = k / group_size
-//   bags    out[b][perm[k]] = sum over i of bag b of that, in fp32, in the order of ids; mean: over the rows counted
-// One product in fp32, rounded once to the output's dtype: the bits of the CPU's gather.
+//   bags    out[b][perm[k]] = sum over i of bag b of that, times weights[i] if there are any, in fp32, in the order of
+//           ids; mean: over the rows counted
+// One product in fp32, rounded once to the output's dtype: the bits of the CPU's gather. A row is added by a fused
+// multiply-add, with a weight of 1 where there are none: that is the plain addition.
 //
 // ids [count] int32 or int64 (none: consecutive rows, which is unpack); out [count or bags][out_stride].
 // gather_rows: a warp takes a segment of a row (line_codes.cuh), about 1024 columns, 2 KB of 16-bit output, 16 bytes a
@@ -236,10 +238,13 @@ __global__ void __launch_bounds__(32 * kRowWarps, 2)
     int64_t counted = 0;
     for (int64_t i = begin; i < end; i += kAhead) {
       int64_t row[kAhead];
+      float weight[kAhead];
 #pragma unroll
       for (int ahead = 0; ahead < kAhead; ahead++) {
         row[ahead] = i + ahead < end ? row_of(call, i + ahead, segment == 0 && threadIdx.x % 32 == 0) : kSkip;
         counted += row[ahead] != kSkip;
+        // What is left out is zeros times -0: -0, the one number that changes no sum, not even -0.
+        weight[ahead] = row[ahead] == kSkip ? -0.0f : call.weights ? ldg(call.weights + i + ahead) : 1.0f;
       }
       GridPiece<Bits, 1> part[kAhead];
 #pragma unroll
@@ -247,7 +252,7 @@ __global__ void __launch_bounds__(32 * kRowWarps, 2)
         if (row[ahead] >= 0)
           part[ahead].load(call, shape, row[ahead], unit, byte);
         else
-          part[ahead].clear();  // adds 0 to a sum that is never -0
+          part[ahead].clear();
 #pragma unroll
       for (int ahead = 0; ahead < kAhead; ahead++)
 #pragma unroll
@@ -255,7 +260,7 @@ __global__ void __launch_bounds__(32 * kRowWarps, 2)
           float value[4];
           part[ahead].values(plane, call.w.scale_dtype, value);
 #pragma unroll
-          for (int j = 0; j < 4; j++) sum[plane][j] += value[j];
+          for (int j = 0; j < 4; j++) sum[plane][j] = fmaf(weight[ahead], value[j], sum[plane][j]);
         }
     }
 #pragma unroll

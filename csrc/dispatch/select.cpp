@@ -30,15 +30,17 @@ const Row kTable[] = {
 };
 constexpr int kRows = sizeof kTable / sizeof kTable[0];
 
-constexpr const char* kVerbs[] = {"activations", "matmul", "gather", "store", "solve"};
+constexpr const char* kVerbs[] = {"activations", "matmul", "gather", "store", "solve", "bags"};
 constexpr int kVerbCount = sizeof kVerbs / sizeof kVerbs[0];
-thread_local const char* last_kernel[kVerbCount] = {"", "", "", "", ""};
+thread_local const char* last_kernel[kVerbCount] = {"", "", "", "", "", ""};
 
 const Row* find(Verb verb, int bits, Isa isa) {
   for (const Row& row : kTable)
     if (row.verb == verb && row.bits == bits && row.isa <= isa) return &row;
   return nullptr;  // unreachable for valid formats: `ref` closes every list
 }
+
+bool has_formats(Verb verb) { return verb == Verb::matmul || verb == Verb::gather || verb == Verb::bags; }
 
 int verb_index(const char* verb) {
   for (int i = 0; verb && i < kVerbCount; i++)
@@ -64,6 +66,7 @@ template lowbit_status select<Verb::matmul>(int, MatmulKernel*);
 template lowbit_status select<Verb::gather>(int, GatherKernel*);
 template lowbit_status select<Verb::store>(int, StoreKernel*);
 template lowbit_status select<Verb::solve>(int, SolveKernel*);
+template lowbit_status select<Verb::bags>(int, BagsKernel*);
 
 // Below this many tokens the idle lanes of a tile cost more than row kernels do (measured crossover: 11 to 13).
 constexpr int64_t kTileTokens = 12;
@@ -87,7 +90,7 @@ const char* lowbit_selected_kernel(const char* verb, lowbit_format format) {
   const int index = verb_index(verb);
   Isa isa;
   if (index < 0 || allowed_isa(&isa) != LOWBIT_OK) return "";
-  const Row* row = find(Verb(index), Verb(index) == Verb::matmul || Verb(index) == Verb::gather ? int(format) : 0, isa);
+  const Row* row = find(Verb(index), has_formats(Verb(index)) ? int(format) : 0, isa);
   return row ? row->name : "";
 }
 

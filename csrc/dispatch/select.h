@@ -7,7 +7,7 @@
 
 namespace lowbit {
 
-enum class Verb { activations, matmul, gather, store, solve };
+enum class Verb { activations, matmul, gather, store, solve, bags };
 
 template <Verb V>
 struct KernelOf;
@@ -30,6 +30,10 @@ struct KernelOf<Verb::store> {
 template <>
 struct KernelOf<Verb::solve> {
   using Type = SolveKernel;
+};
+template <>
+struct KernelOf<Verb::bags> {
+  using Type = BagsKernel;
 };
 
 // Writes the best allowed kernel of a verb for a width (0: the verb has none) and records it as the thread's last one.

@@ -174,6 +174,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("ids"), py::arg("id_dtype"), py::arg("count"), py::arg("policy"), py::arg("out"),
           py::arg("out_dtype"), py::arg("out_stride"))
       .def(
+          "gather_bags",
+          [](const Matrix& w, uintptr_t ids, int id_dtype, int64_t count, uintptr_t offsets, int64_t bags,
+             uintptr_t weights, bool mean, int policy, int64_t padding_id, uintptr_t out, int out_dtype,
+             int64_t out_stride) {
+            run([&] {
+              return lowbit_gather_bags(&w, pointer<const void>(ids), lowbit_dtype(id_dtype), count,
+                                        pointer<const int64_t>(offsets), bags, pointer<const float>(weights), mean,
+                                        lowbit_id_policy(policy), padding_id, nullptr, pointer<void>(out),
+                                        lowbit_dtype(out_dtype), out_stride);
+            });
+          },
+          py::arg("ids"), py::arg("id_dtype"), py::arg("count"), py::arg("offsets"), py::arg("bags"),
+          py::arg("weights"), py::arg("mean"), py::arg("policy"), py::arg("padding_id"), py::arg("out"),
+          py::arg("out_dtype"), py::arg("out_stride"))
+      .def(
           "cuda_check",
           [](const Matrix& w, uintptr_t stream, uintptr_t bad, uintptr_t workspace, size_t workspace_bytes) {
             const lowbit_cuda_queue queue = w.queue(stream);
@@ -255,19 +270,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(
           "cuda_gather_bags",
           [](const Matrix& w, uintptr_t stream, uintptr_t ids, int id_dtype, int64_t count, uintptr_t offsets,
-             int64_t bags, bool mean, int policy, int64_t padding_id, uintptr_t first_bad, uintptr_t out, int out_dtype,
-             int64_t out_stride) {
+             int64_t bags, uintptr_t weights, bool mean, int policy, int64_t padding_id, uintptr_t first_bad,
+             uintptr_t out, int out_dtype, int64_t out_stride) {
             const lowbit_cuda_queue queue = w.queue(stream);
             run([&] {
               return lowbit_cuda_gather_bags(&queue, &w, pointer<const void>(ids), lowbit_dtype(id_dtype), count,
-                                             pointer<const int64_t>(offsets), bags, mean, lowbit_id_policy(policy),
-                                             padding_id, pointer<int64_t>(first_bad), pointer<void>(out),
-                                             lowbit_dtype(out_dtype), out_stride);
+                                             pointer<const int64_t>(offsets), bags, pointer<const float>(weights), mean,
+                                             lowbit_id_policy(policy), padding_id, pointer<int64_t>(first_bad),
+                                             pointer<void>(out), lowbit_dtype(out_dtype), out_stride);
             });
           },
           py::arg("stream"), py::arg("ids"), py::arg("id_dtype"), py::arg("count"), py::arg("offsets"), py::arg("bags"),
-          py::arg("mean"), py::arg("policy"), py::arg("padding_id"), py::arg("first_bad"), py::arg("out"),
-          py::arg("out_dtype"), py::arg("out_stride"));
+          py::arg("weights"), py::arg("mean"), py::arg("policy"), py::arg("padding_id"), py::arg("first_bad"),
+          py::arg("out"), py::arg("out_dtype"), py::arg("out_stride"));
 
   m.def(
       "row_lines", [](int format, int64_t cols) { return lowbit_row_lines(lowbit_format(format), cols); },

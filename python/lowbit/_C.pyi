@@ -70,6 +70,21 @@ class Matrix:
     def gather(
         self, ids: int, id_dtype: int, count: int, policy: int, out: int, out_dtype: int, out_stride: int
     ) -> None: ...
+    def gather_bags(
+        self,
+        ids: int,
+        id_dtype: int,
+        count: int,
+        offsets: int,
+        bags: int,
+        weights: int,
+        mean: bool,
+        policy: int,
+        padding_id: int,
+        out: int,
+        out_dtype: int,
+        out_stride: int,
+    ) -> None: ...
     def cuda_check(self, stream: int, bad: int, workspace: int, workspace_bytes: int) -> None: ...
     def cuda_pack_codes(self, stream: int, codes: int, out: int, first_bad: int) -> None: ...
     def cuda_unpack_codes(self, stream: int, begin: int, end: int, out: int) -> None: ...
@@ -111,6 +126,7 @@ class Matrix:
         count: int,
         offsets: int,
         bags: int,
+        weights: int,
         mean: bool,
         policy: int,
         padding_id: int,

@@ -15,6 +15,7 @@ _LAZY = {
     "PackedMatrix": "lowbit.matrix",
     "Recipe": "lowbit.quantize.recipe",
     "quantize": "lowbit.quantize",
+    "resize_vocabulary": "lowbit.vocabulary",
     "prepare_ternary_training": "lowbit.quantize.training",
     "load": "lowbit.checkpoint",
     "load_weight": "lowbit.checkpoint",
@@ -50,6 +51,7 @@ __all__ = [
     "ops",
     "prepare_ternary_training",
     "quantize",
+    "resize_vocabulary",
     "save",
     "save_weight",
 ]

@@ -175,9 +175,7 @@ def matmul_group(views: list[_C.Matrix], x: Tensor, biases: list[Tensor | None],
     ys = [x.new_empty((*x.shape[:-1], view.rows)) for view in views]
     cols = x.shape[-1]
     addresses = [y.data_ptr() for y in ys]
-    _C.matmul_group(
-        views, sides, addresses, x.data_ptr(), FLOAT_DTYPES[x.dtype], x.numel() // cols, cols, mode
-    )
+    _C.matmul_group(views, sides, addresses, x.data_ptr(), FLOAT_DTYPES[x.dtype], x.numel() // cols, cols, mode)
     return ys
 
 
@@ -221,9 +219,11 @@ def gather_bags(
     dtype: torch.dtype,
     mode: str,
     policy: str,
-    padding_id: int | None,
+    padding_id: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """ids [count], offsets int64 [bags + 1] -> sums or means [bags, cols] in `dtype`, summed in float32 in order."""
+    """ids [count], offsets int64 [bags + 1], weights [count] -> sums or means [bags, cols] in `dtype`, added in float32
+    in order."""
     ids, id_dtype, policy_code, padding = _ids(view, ids, policy, padding_id)
     mean = lookup(BAG_MODES, mode, "mode") == 1
     out_dtype = lookup(FLOAT_DTYPES, dtype, "dtype")
@@ -232,31 +232,38 @@ def gather_bags(
         raise ValueError(f"ids: expected 1 dimension, got {ids.ndim}")
     if offsets.dtype != torch.int64 or offsets.ndim != 1 or len(offsets) == 0:
         raise ValueError(f"offsets: expected torch.int64 [bags + 1], got {offsets.dtype} {list(offsets.shape)}")
+    offsets = offsets.contiguous()
+    weights = None if weights is None else _bag_weights(view, ids, weights, mode)
+    out = ids.new_empty((len(offsets) - 1, view.cols), dtype=dtype)
     if view.device >= 0:
-        out = ids.new_empty((len(offsets) - 1, view.cols), dtype=dtype)
-        cuda.gather_bags(view, ids, id_dtype, offsets.contiguous(), mean, policy_code, padding, out, out_dtype)
+        cuda.gather_bags(view, ids, id_dtype, offsets, weights, mean, policy_code, padding, out, out_dtype)
         return out
-    return _bags(view, ids, offsets, mean, policy, padding).to(dtype)
+    view.gather_bags(
+        ids.data_ptr(),
+        id_dtype,
+        len(ids),
+        offsets.data_ptr(),
+        len(out),
+        0 if weights is None else weights.data_ptr(),
+        mean,
+        policy_code,
+        padding,
+        out.data_ptr(),
+        out_dtype,
+        view.cols,
+    )
+    return out
 
 
-def _bags(view: _C.Matrix, ids: Tensor, offsets: Tensor, mean: bool, policy: str, padding: int) -> Tensor:
-    """The bags on the CPU, float32: index_add_ adds rows one after another."""
-    edges, bags = offsets.clamp(0, len(ids)), len(offsets) - 1
-    bag = torch.repeat_interleave(edges.diff().clamp(min=0))
-    first = int(edges[0])
-    ids = ids[first : first + len(bag)]
-    counted = ids != padding if padding >= 0 else torch.ones(len(ids), dtype=torch.bool)
-    outside = ((ids < 0) | (ids >= view.rows)).nonzero()
-    if policy == "error" and len(outside):
-        place = int(outside[0])
-        raise IndexError(f"ids[{first + place}]: expected a row in [0, {view.rows}), got {int(ids[place])}")
-    ids, bag = ids[counted], bag[counted]
-    out = torch.zeros(bags, view.cols)
-    step = max(1, (1 << 22) // view.cols)
-    for begin in range(0, len(ids), step):
-        part = slice(begin, begin + step)
-        out.index_add_(0, bag[part], gather(view, ids[part], torch.float32, policy))
-    return out / bag.bincount(minlength=bags).clamp(min=1)[:, None] if mean else out
+def _bag_weights(view: _C.Matrix, ids: Tensor, weights: Tensor, mode: str) -> Tensor:
+    """Contiguous float32 weights of the rows of bags, after the checks of them."""
+    if mode != "sum":
+        raise NotImplementedError(f'weights: expected mode "sum" with them, got {mode!r}')
+    lookup(FLOAT_DTYPES, weights.dtype, "weights dtype")
+    require_device(weights, "weights", view.device)
+    if weights.shape != ids.shape:
+        raise ValueError(f"weights: expected one an id, {list(ids.shape)}, got {list(weights.shape)}")
+    return weights.to(torch.float32).contiguous()
 
 
 def _ids(view: _C.Matrix, ids: Tensor, policy: str, padding_id: int | None) -> tuple[Tensor, int, int, int]:

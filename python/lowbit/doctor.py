@@ -78,6 +78,7 @@ def _native() -> dict[str, Any]:
             "activations": {"any": 0},
             "matmul": FORMATS,
             "gather": FORMATS,
+            "bags": FORMATS,
             "store": {"any": 0},
             "solve": {"any": 0},
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -279,11 +280,109 @@ class PackedMatrix:
             raise ValueError(f"codes: expected 0, 1 and 2 to repack int2 as trit, got {int(codes.max())}")
         return type(self).from_codes(codes, self.scales, None, self.perm, format=format, group_size=self.group_size)
 
+    def resized(self, rows, new_rows=None, *, clip=False) -> PackedMatrix:
+        """The matrix with `rows` rows: its first ones, or all of them and new ones behind. This one is unchanged, and
+        codes and scales of the rows that stay are kept bit for bit.
+
+        new_rows: what is appended, float32, float16 or bfloat16 [rows - self.rows, cols], in original column order;
+        None: the mean of the rows that are there, each time. They are rounded to nearest into the format, the group
+        size, the scale dtype and the order of columns of the matrix, with zeros where it has some (clip: as in
+        `from_float`). One scale for the whole matrix ([1, 1]) is kept and new rows are rounded on its grid; ternary
+        ones to the nearest of -scale, 0 and scale.
+        Raises ValueError for fewer rows than 1, new_rows that do not fit or are not finite, and where the grid of a
+        whole matrix does not reach them.
+        """
+        rows, count = int(rows), int(rows) - self.rows
+        if rows < 1:
+            raise ValueError(f"rows: expected at least 1, got {rows}")
+        if new_rows is None:
+            new_rows = self._mean_row().expand(count, -1) if count > 0 else self.scales.new_empty(0, self.cols)
+        new_rows = as_tensor(new_rows, "new_rows")
+        if list(new_rows.shape) != [max(count, 0), self.cols]:
+            expected = [max(count, 0), self.cols]
+            raise ValueError(f"new_rows: expected shape {expected} for {rows} rows, got {list(new_rows.shape)}")
+        lookup(FLOAT_DTYPES, new_rows.dtype, "new_rows dtype")
+        abi.require_device(new_rows, "new_rows", self._view.device)
+        if count == 0:
+            return self
+        one_scale = self.rows > 1 and self.scales.shape[0] == 1
+        keep, parts = min(rows, self.rows), []
+        if count > 0:
+            require_finite(new_rows, "new_rows")
+            ordered = new_rows if self.perm is None else new_rows[:, self.perm.long()]
+            parts.append(self._rounded_on_its_grid(ordered) if one_scale else self._rounded_alike(ordered, clip))
+
+        def joined(tensor: str) -> torch.Tensor | None:
+            mine = getattr(self, tensor)
+            if mine is None:
+                return None
+            if one_scale:
+                return mine.clone()
+            return torch.cat([mine[:keep], *(getattr(part, tensor) for part in parts)])
+
+        codes = empty_codes(rows, self.codes.shape[1], self.device)
+        codes[:keep] = self.codes[:keep]
+        for part in parts:
+            codes[keep:] = part.codes
+        tensors = (codes, joined("scales"), joined("zeros"), None if self.perm is None else self.perm.clone())
+        return self._of_this_layout(*tensors)
+
+    def _of_this_layout(self, codes, scales, zeros, perm=None) -> PackedMatrix:
+        layout = self.layout
+        options = {"format": layout.format, "cols": layout.cols, "group_size": layout.group_size}
+        return type(self)(codes, scales, zeros, perm, **options, validate=False)
+
+    def _mean_row(self) -> torch.Tensor:
+        """float32 [1, cols], summed in float64."""
+        total = torch.zeros(self.cols, dtype=torch.float64, device=self.device)
+        step = max(1, (1 << 22) // self.cols)
+        for begin in range(0, self.rows, step):
+            total += self.unpack(rows=slice(begin, begin + step)).sum(0, dtype=torch.float64)
+        return (total / self.rows).float()[None]
+
+    def _rounded_alike(self, weight, clip) -> PackedMatrix:
+        """Rows of their own, columns in packed order."""
+        options = {"symmetric": self.zeros is None, "scale_dtype": self.scales.dtype, "clip": clip}
+        return type(self).from_float(weight, self.format, self.group_size, **options)
+
+    def _rounded_on_its_grid(self, weight) -> PackedMatrix:
+        """Rows under the one scale of the matrix, columns in packed order."""
+        scale = float(self.scales)
+        zero = int(self.zeros) if self.zeros is not None else 1 if self.format == "trit" else 1 << (self.bits - 1)
+        steps = (weight.double() / scale).nan_to_num(0.0, torch.inf, -torch.inf) + zero  # a scale of 0 reaches 0 alone
+        top = abi.largest_code(self.format)
+        beyond = ((steps < -0.5) | (steps > top + 0.5)).nonzero()
+        if len(beyond) and self.format != "trit":
+            row, col = beyond[0].tolist()
+            low, high = sorted(((-0.5 - zero) * scale, (top + 0.5 - zero) * scale))
+            raise ValueError(
+                f"new_rows[{row}]: expected values in [{low:g}, {high:g}], which the one scale of the matrix reaches, "
+                f"got {float(weight[row, col]):g}"
+            )
+        codes = steps.round().clamp(0, top).to(torch.uint8)
+        scales = self.scales.expand(len(codes), 1)
+        zeros = None if self.zeros is None else self.zeros.expand(len(codes), 1)
+        return type(self).from_codes(codes, scales, zeros, format=self.format, group_size=self.group_size)
+
     # -- unpack --------------------------------------------------------------------------------------------------
 
-    def unpack(self, dtype=torch.float32, rows: slice | None = None) -> torch.Tensor:
-        """Dense [rows, cols] in original column order; `rows` a slice of step 1 picks some."""
-        return abi.unpack(self._view, *row_range(rows, self.rows), dtype)
+    def unpack(self, dtype=torch.float32, rows: slice | int | Sequence[int] | torch.Tensor | None = None):
+        """Dense [rows, cols] in original column order.
+
+        rows: which of them: a slice of step 1, one row ([1, cols]), or a list or an int32 or int64 tensor of rows
+        (of shape [...]: [..., cols]); negative ones count from the end. IndexError: a row that there is not.
+        """
+        if rows is None or isinstance(rows, slice):
+            return abi.unpack(self._view, *row_range(rows, self.rows), dtype)
+        ids = torch.as_tensor([rows] if isinstance(rows, int) else rows, device=self.device)
+        ids = ids.long() if ids.numel() == 0 else ids
+        lookup(abi.ID_DTYPES, ids.dtype, "rows dtype")
+        outside = ((ids < -self.rows) | (ids >= self.rows)).flatten().nonzero()
+        if len(outside):
+            place = int(outside[0])
+            found = int(ids.flatten()[place])
+            raise IndexError(f"rows[{place}]: expected a row in [-{self.rows}, {self.rows}), got {found}")
+        return abi.gather(self._view, ids.where(ids >= 0, ids + self.rows), dtype, "zero")
 
     def unpack_codes(self, rows: slice | None = None) -> torch.Tensor:
         """uint8 [rows, cols], one code a byte, in packed column order."""
@@ -325,16 +424,24 @@ class PackedMatrix:
             ids, *self._tensors, layout.format, layout.cols, layout.group_size, dtype, policy, padding_id
         )
 
-    def gather_bags(self, ids, offsets, mode="sum", dtype=torch.float32, policy="error", *, padding_id=None):
+    def gather_bags(
+        self, ids, offsets, mode="sum", dtype=torch.float32, policy="error", *, weights=None, padding_id=None
+    ):
         """Sums or means of rows, as nn.EmbeddingBag makes them: ids int32 or int64 [count], offsets int64 [bags + 1],
         not decreasing -> [bags, cols] in `dtype`; bag b is ids[offsets[b]:offsets[b + 1]].
 
-        mode: "sum" or "mean". Rows are summed in float32 in their order. padding_id: an id that is left out, of the
-        count of a mean too. An empty bag is zeros; what lies outside of ids is cut off. policy: as in `gather`.
+        mode: "sum" or "mean". Rows are summed in float32 in their order. weights: floats [count], taken as float32,
+        that rows are multiplied by as they are added (a fused multiply-add); gradients flow to them. padding_id: an id
+        that is left out, of the count of a mean too. An empty bag is zeros; what lies outside of ids is cut off.
+        policy: as in `gather`, for ids in some bag. Raises IndexError for a bad id, ValueError for offsets that
+        decrease (on a GPU such a bag is empty) and shapes that do not fit, NotImplementedError for a weighted mean, as
+        torch does.
         """
         ids, offsets = as_tensor(ids, "ids"), as_tensor(offsets, "offsets")
-        if abi.runs_eagerly(ids):
-            return abi.gather_bags(self._view, ids, offsets, dtype, mode, policy, padding_id)
+        if weights is not None and not isinstance(weights, torch.Tensor):
+            weights = as_tensor(weights, "weights")
+        if abi.runs_eagerly(ids, weights):
+            return abi.gather_bags(self._view, ids, offsets, dtype, mode, policy, padding_id, weights)
         layout = self.layout
         return torch.ops.lowbit.gather_bags(
             ids,
@@ -347,6 +454,7 @@ class PackedMatrix:
             mode,
             policy,
             padding_id,
+            weights,
         )
 
     # -- where it is ---------------------------------------------------------------------------------------------
@@ -368,9 +476,7 @@ class PackedMatrix:
         tensors = (codes, *map(moved, self._tensors[1:]))
         if all(map(operator.is_, tensors, self._tensors)):
             return self
-        layout = self.layout
-        options = {"format": layout.format, "cols": layout.cols, "group_size": layout.group_size}
-        return type(self)(*tensors, **options, validate=False)
+        return self._of_this_layout(*tensors)
 
     def cuda(self, device=None, non_blocking=False) -> PackedMatrix:
         """The matrix on an NVIDIA GPU: the one of that index, or the current one."""

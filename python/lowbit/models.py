@@ -1,8 +1,8 @@
-"""Where a model's matrices are, and how one is exchanged for a packed matrix.
+"""Where a model's matrices are, how one is exchanged for a packed matrix, and how a vocabulary is resized.
 
-Nothing here knows an architecture by name. A matrix is found by the type of its module (nn.Linear, the Conv1D
-of GPT-2, nn.Embedding), the blocks by the structure of the module tree, the head and the token embedding by
-the model's own accessors. Modules that share one weight (tied head and embedding, or one module under several
+Nothing here knows an architecture by name. A matrix is found by the type of its module (nn.Linear, the Conv1D of
+GPT-2, nn.Embedding, nn.EmbeddingBag), the blocks by the structure of the module tree, the head and the token embedding
+by the model's own accessors. Modules that share one weight (tied head and embedding, or one module under several
 names) are one target and stay one matrix.
 """
 
@@ -67,12 +67,12 @@ def has_matrix(module: nn.Module) -> bool:
     """Whether a module is of a type whose weight can become a packed matrix; ours is one while it holds a float."""
     if isinstance(module, lowbit_nn.PackedModule):
         return module.layout is None and module.is_loaded
-    return isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_table(module) or is_conv1d(module)
 
 
 def is_table(module: nn.Module) -> bool:
     """Whether a module looks up rows of its weight by id."""
-    return isinstance(module, nn.Embedding | lowbit_nn.Embedding)
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag | lowbit_nn.Embedding)
 
 
 def weight_matrix(module: nn.Module) -> torch.Tensor:
@@ -117,7 +117,7 @@ def find_targets(model: nn.Module) -> list[Target]:
     holders: dict[tuple, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if has_matrix(module):
-            holders.setdefault(_weight_key(module), []).append((name, module))
+            holders.setdefault(weight_key(module), []).append((name, module))
 
     targets = []
     for members in holders.values():
@@ -188,6 +188,10 @@ def patch(
     for name, new in replacements:
         replace_module(model, name, new)
     settle_ties(model)
+    if hasattr(type(model), "resize_token_embeddings"):
+        from lowbit.vocabulary import ResizeTokenEmbeddings
+
+        model.resize_token_embeddings = ResizeTokenEmbeddings(model)
 
 
 def settle_ties(model: nn.Module) -> None:
@@ -230,8 +234,10 @@ def module_like(
     """A lowbit.nn module, called `name`, that does with a weight what `old` does with its own; activations: None for
     those of `old`, "float" where it has none."""
     rows, cols = weight.shape
-    if is_table(old):
-        dtype = old.dtype if isinstance(old, lowbit_nn.Embedding) else old.weight.dtype
+    dtype = old.dtype if isinstance(old, lowbit_nn.Embedding) else old.weight.dtype
+    if isinstance(old, nn.EmbeddingBag | lowbit_nn.EmbeddingBag):
+        new = lowbit_nn.EmbeddingBag(rows, cols, old.mode, old.include_last_offset, old.padding_idx, dtype=dtype)
+    elif is_table(old):
         new = lowbit_nn.Embedding(rows, cols, padding_idx=old.padding_idx, dtype=dtype, embed_scale=_embed_scale(old))
     else:
         activations = getattr(old, "activations", "float") if activations is None else activations
@@ -340,7 +346,7 @@ def _accessor(model: nn.Module, name: str) -> nn.Module | None:
     return module if isinstance(module, nn.Module) and has_matrix(module) else None
 
 
-def _weight_key(module: nn.Module) -> tuple:
+def weight_key(module: nn.Module) -> tuple:
     weight = module.weight
     return (
         weight.data_ptr() or id(weight),
@@ -364,8 +370,10 @@ def _obstacle(name: str, module: nn.Module, keep_in_fp32: tuple[str, ...]) -> st
         return "the model keeps it in float32"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+    if is_table(module) and module.max_norm is not None:
         return "it renormalises its rows (max_norm)"
+    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+        return 'it takes the maximum of a bag (mode "max")'
     if type(module) is not lowbit_nn.TernaryLinear and not _behaves_plainly(module):
         return f"{type(module).__name__} has a forward of its own"
     return None
@@ -382,10 +390,14 @@ def _forward_of(module: nn.Module) -> tuple:
 def _behaves_plainly(module: nn.Module) -> bool:
     """Whether a subclass computes what its base class does, up to rounding and the scale of a scaled
     embedding."""
-    if type(module) in (nn.Linear, nn.Embedding, lowbit_nn.Linear, lowbit_nn.Embedding) or is_conv1d(module):
+    plain = (nn.Linear, nn.Embedding, nn.EmbeddingBag, lowbit_nn.Linear, lowbit_nn.Embedding, lowbit_nn.EmbeddingBag)
+    if type(module) in plain or is_conv1d(module):
         return True
     weight = module.weight.detach()
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.EmbeddingBag):
+        probe = torch.arange(min(4, module.num_embeddings), device=weight.device)[None]
+        expected = F.embedding_bag(probe, weight, mode=module.mode, padding_idx=module.padding_idx)
+    elif isinstance(module, nn.Embedding):
         probe = torch.arange(min(4, module.num_embeddings), device=weight.device)[None]
         expected = F.embedding(probe, weight) * (_embed_scale(module) or 1.0)
     else:

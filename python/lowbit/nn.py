@@ -1,5 +1,5 @@
-"""Modules over a PackedMatrix: drop-in `Linear` and `Embedding` whose weight is packed, or float, and can be swapped;
-and `TernaryLinear`, which is trained to become one.
+"""Modules over a PackedMatrix: drop-in `Linear`, `Embedding` and `EmbeddingBag` whose weight is packed, or float, and
+can be swapped; and `TernaryLinear`, which is trained to become one.
 
 Tensors are registered under the names they have in a file: `weight` (the uint8 codes, so that tying by that name keeps
 working), `weight_scale`, `weight_zero`, `weight_perm`. An embedding and a head made from one PackedMatrix share its
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import abi
-from lowbit.abi import ACTIVATIONS, Layout, lookup, normalise_group_size
+from lowbit.abi import ACTIVATIONS, BAG_MODES, ID_DTYPES, ID_POLICIES, Layout, lookup, normalise_group_size
 from lowbit.matrix import PackedMatrix, require_finite
 from lowbit.ternary import ActivationQuant, WeightQuant, weight_quant
 
@@ -173,6 +173,17 @@ class PackedModule(nn.Module):
         return "unloaded" if self.weight is None else str(self.weight.dtype)
 
 
+def _load_resized(module: PackedModule, weight: PackedMatrix | Tensor) -> None:
+    before, stored = module._shape, module.stored_format
+    module._shape = (weight.shape[0], before[1])
+    try:
+        module._put(weight)
+    except (ValueError, TypeError):
+        module._shape = before
+        raise
+    module.stored_format = stored if isinstance(weight, PackedMatrix) else None
+
+
 # What a function made of the tensors of packed weights, for as long as both live: {function: {id: (tensor, version of
 # its contents, result)}}.
 _moved: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -241,6 +252,17 @@ class Linear(PackedModule):
         module._put(packed)
         return module
 
+    def resize(self, weight: PackedMatrix | Tensor, bias: Tensor | None = None) -> None:
+        """load() of a weight [any rows, in_features], with a bias of as many where the module has one; out_features
+        follows. ValueError for shapes that do not fit each other; the old weight and bias then stay."""
+        if (bias is None) != (self.bias is None) or (bias is not None and list(bias.shape) != [weight.shape[0]]):
+            expected = "None" if self.bias is None else f"shape [{weight.shape[0]}]"
+            raise ValueError(f"bias: expected {expected}, got {None if bias is None else list(bias.shape)}")
+        _load_resized(self, weight)
+        self.out_features = self._shape[0]
+        if bias is not None:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach(), requires_grad=False)
+
     def forward(self, x: Tensor) -> Tensor:
         layout, bias = self.layout, self._parameters["bias"]
         if self.rms_norm is not None:
@@ -271,8 +293,9 @@ class Linear(PackedModule):
 class Embedding(PackedModule):
     """out = W[ids] in `dtype`, times `embed_scale` if there is one (Gemma); ids int32 or int64 of any shape.
 
-    An id outside [0, num_embeddings) raises IndexError on the CPU. On a GPU, where that would make every call wait, it
-    gives zeros, unless `checked`. `padding_idx` is kept for those who ask the module for it.
+    policy: what an id outside [0, num_embeddings) does: "error" raises IndexError, "zero" gives zeros, "clamp" the
+    nearest row. None is "error" on the CPU and, unless `checked`, "zero" on a GPU, where an error would make every call
+    wait. A float weight is looked up by torch, which has no policies. `padding_idx` is kept for those who ask for it.
     """
 
     def __init__(
@@ -283,18 +306,29 @@ class Embedding(PackedModule):
         dtype: torch.dtype = torch.float32,
         embed_scale: float | None = None,
         checked: bool = False,
+        policy: str | None = None,
     ):
         super().__init__(num_embeddings, embedding_dim)
+        if policy is not None:
+            lookup(ID_POLICIES, policy, "policy")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.dtype, self.embed_scale, self.checked = padding_idx, dtype, embed_scale, checked
+        self.policy = policy
 
     @classmethod
     def from_packed(
-        cls, packed: PackedMatrix, padding_idx=None, dtype=torch.float32, embed_scale=None, checked=False
+        cls, packed: PackedMatrix, padding_idx=None, dtype=torch.float32, embed_scale=None, checked=False, policy=None
     ) -> Embedding:
-        module = cls(packed.rows, packed.cols, padding_idx, dtype, embed_scale, checked)
+        module = cls(packed.rows, packed.cols, padding_idx, dtype, embed_scale, checked, policy)
         module._put(packed)
         return module
+
+    def resize(self, weight: PackedMatrix | Tensor) -> None:
+        """load() of a weight [any rows, embedding_dim]: num_embeddings follows, a padding_idx beyond it is dropped."""
+        _load_resized(self, weight)
+        self.num_embeddings = self._shape[0]
+        if self.padding_idx is not None and self.padding_idx >= self.num_embeddings:
+            self.padding_idx = None
 
     def _apply(self, fn, recurse=True):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # what a cast makes of the outputs
@@ -317,10 +351,107 @@ class Embedding(PackedModule):
         return out if self.embed_scale is None else out * torch.tensor(self.embed_scale, dtype=out.dtype)
 
     def _policy(self, device: int) -> str:
-        return "error" if device < 0 or self.checked else "zero"
+        return self.policy or ("error" if device < 0 or self.checked else "zero")
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._weight_repr()}"
+
+
+class EmbeddingBag(Embedding):
+    """Sums or means of rows, as nn.EmbeddingBag makes them: ids int32 or int64 -> [bags, embedding_dim] of `dtype`.
+
+    mode: "sum" or "mean". Rows are added in float32 in their order, on every device. padding_idx: an id that is left
+    out, of a mean's count too; a negative one counts from the end. include_last_offset: offsets end with the end of the
+    last bag. checked, policy: as in Embedding; "zero" adds a row of zeros.
+    NotImplementedError: mode "max".
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        mode: str = "mean",
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        checked: bool = False,
+        policy: str | None = None,
+    ):
+        if mode == "max":
+            raise NotImplementedError('mode: expected "sum" or "mean" of a packed table, got "max"')
+        lookup(BAG_MODES, mode, "mode")
+        if padding_idx is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(f"padding_idx: expected a row of {num_embeddings} or None, got {padding_idx}")
+            padding_idx %= num_embeddings
+        super().__init__(num_embeddings, embedding_dim, padding_idx, dtype, checked=checked, policy=policy)
+        self.mode, self.include_last_offset = mode, include_last_offset
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: PackedMatrix,
+        mode="mean",
+        include_last_offset=False,
+        padding_idx=None,
+        dtype=torch.float32,
+        checked=False,
+        policy=None,
+    ) -> EmbeddingBag:
+        module = cls(packed.rows, packed.cols, mode, include_last_offset, padding_idx, dtype, checked, policy)
+        module.load(packed)
+        return module
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """input [bags, size], or [count] with offsets [bags] (with include_last_offset [bags + 1]), int32 or int64.
+
+        per_sample_weights: floats of input's shape that rows are multiplied by; gradients flow to them. Raises
+        ValueError for shapes that do not fit and offsets that decrease, NotImplementedError for weights with mode
+        "mean", as torch does, IndexError for bad ids under policy "error".
+        """
+        layout, weights = self.layout, per_sample_weights
+        if layout is None:
+            self._require_weight()
+            return nn.functional.embedding_bag(
+                input,
+                self.weight,
+                offsets,
+                mode=self.mode,
+                per_sample_weights=weights,
+                include_last_offset=self.include_last_offset,
+                padding_idx=self.padding_idx,
+            )
+        if weights is not None and weights.shape != input.shape:
+            raise ValueError(f"per_sample_weights: expected shape {list(input.shape)}, got {list(weights.shape)}")
+        ids, offsets = input.reshape(-1), self._edges(input, offsets)
+        weights = None if weights is None else weights.reshape(-1)
+        if abi.runs_eagerly(ids, weights):
+            view = self.packed._view
+            policy = self._policy(view.device)
+            return abi.gather_bags(view, ids, offsets, self.dtype, self.mode, policy, self.padding_idx, weights)
+        policy = self._policy(abi.device_index(self.weight, "weight"))
+        bags = (self.dtype, self.mode, policy, self.padding_idx, weights)
+        return torch.ops.lowbit.gather_bags(
+            ids, offsets, *self._weight_tensors(), layout.format, layout.cols, layout.group_size, *bags
+        )
+
+    def _edges(self, input: Tensor, offsets: Tensor | None) -> Tensor:
+        """int64 [bags + 1]: where bags begin, and where the last one ends."""
+        if input.ndim == 2:
+            if offsets is not None:
+                raise ValueError(f"offsets: expected None for an input of 2 dimensions, got {list(offsets.shape)}")
+            return torch.arange(input.shape[0] + 1, device=input.device) * input.shape[1]
+        if input.ndim != 1:
+            raise ValueError(f"input: expected 1 or 2 dimensions, got {input.ndim}")
+        if offsets is None or offsets.ndim != 1:
+            found = None if offsets is None else list(offsets.shape)
+            raise ValueError(f"offsets: expected 1 dimension for an input of 1 dimension, got {found}")
+        lookup(ID_DTYPES, offsets.dtype, "offsets dtype")
+        edges = offsets.long()
+        return edges if self.include_last_offset else nn.functional.pad(edges, (0, 1), value=input.shape[0])
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mode={self.mode!r}"
 
 
 class TernaryLinear(nn.Linear):

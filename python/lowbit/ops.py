@@ -22,7 +22,7 @@ library.define(
 )
 library.define(
     f"gather_bags(Tensor ids, Tensor offsets, {_MATRIX}, {_LAYOUT}, ScalarType dtype, str mode, str policy, "
-    "int? padding_id=None) -> Tensor"
+    "int? padding_id=None, Tensor? weights=None) -> Tensor"
 )
 library.define(f"unpack({_MATRIX}, {_LAYOUT}, ScalarType dtype) -> Tensor")
 
@@ -60,14 +60,42 @@ def _gather_fake(ids, codes, scales, zeros, perm, format, cols, group_size, dtyp
 
 
 @_implements("gather_bags")
-def _bags(ids, offsets, codes, scales, zeros, perm, format, cols, group_size, dtype, mode, policy, padding_id=None):
+def _bags(
+    ids,
+    offsets,
+    codes,
+    scales,
+    zeros,
+    perm,
+    format,
+    cols,
+    group_size,
+    dtype,
+    mode,
+    policy,
+    padding_id=None,
+    weights=None,
+):
     view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
-    return abi.gather_bags(view, ids, offsets, dtype, mode, policy, padding_id)
+    return abi.gather_bags(view, ids, offsets, dtype, mode, policy, padding_id, weights)
 
 
 @torch.library.register_fake("lowbit::gather_bags", lib=library)
 def _bags_fake(
-    ids, offsets, codes, scales, zeros, perm, format, cols, group_size, dtype, mode, policy, padding_id=None
+    ids,
+    offsets,
+    codes,
+    scales,
+    zeros,
+    perm,
+    format,
+    cols,
+    group_size,
+    dtype,
+    mode,
+    policy,
+    padding_id=None,
+    weights=None,
 ):
     return codes.new_empty((offsets.shape[0] - 1, cols), dtype=dtype)
 
@@ -104,8 +132,32 @@ def _matmul_backward(ctx, grad):
 
 torch.library.register_autograd("lowbit::matmul", _matmul_backward, setup_context=_matmul_setup, lib=library)
 
+
+# The weights of a bag's rows are the one float that goes into it: dL/dweights[i] = dL/dout[bag of i] . W[ids[i]].
+
+
+def _bags_setup(ctx, inputs, output):
+    ids, offsets, codes, scales, zeros, perm, *layout, _dtype, _mode, policy, padding_id, weights = inputs
+    ctx.save_for_backward(ids, offsets, codes, scales, zeros, perm)
+    ctx.layout, ctx.policy, ctx.padding_id = layout, policy, padding_id
+    ctx.weights_dtype = None if weights is None else weights.dtype
+
+
+def _bags_backward(ctx, grad):
+    if ctx.weights_dtype is None:
+        return (None,) * 14
+    ids, offsets, *matrix = ctx.saved_tensors
+    bag = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets, right=True) - 1
+    grad = torch.nn.functional.pad(grad, (0, 0, 0, 1))  # a row of zeros for ids in no bag, whose bag is -1 or the last
+    policy = "clamp" if ctx.policy == "clamp" else "zero"  # under "error" all ids in bags were good
+    rows = torch.ops.lowbit.gather(ids, *matrix, *ctx.layout, torch.float32, policy, ctx.padding_id)
+    return (*(None,) * 13, (rows * grad[bag]).sum(-1).to(ctx.weights_dtype))
+
+
+torch.library.register_autograd("lowbit::gather_bags", _bags_backward, setup_context=_bags_setup, lib=library)
+
 # Gather and unpack read frozen integers: no input has a gradient.
-for _name, _inputs in (("gather", 11), ("gather_bags", 13), ("unpack", 8)):
+for _name, _inputs in (("gather", 11), ("unpack", 8)):
     torch.library.register_autograd(f"lowbit::{_name}", lambda ctx, grad, _count=_inputs: (None,) * _count, lib=library)
 
 __all__ = ["library"]

@@ -88,10 +88,15 @@ void check_matrix(lowbit_format format, int64_t rows, int64_t cols, int64_t grou
 
   const std::vector<int64_t> ids = {rows - 1, 0, rows / 2};
   const std::vector<float> gathered = w.gather(ids);
+  const std::vector<float> bags = w.gather_bags(ids, {0, int64_t(ids.size()), int64_t(ids.size())});
   for (size_t i = 0; i < ids.size(); i++)
     for (size_t k = 0; k < width; k++)
       expect(gathered[i * width + k] == unpacked[size_t(ids[i]) * width + k],
              name + ": gathered row " + std::to_string(i));
+  for (size_t k = 0; k < width; k++) {
+    const float sum = gathered[k] + gathered[width + k] + gathered[2 * width + k];
+    expect(bags[k] == sum && bags[width + k] == 0, name + ": a bag of three rows, and an empty one");
+  }
 }
 
 void check_codes() {

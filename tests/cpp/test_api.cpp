@@ -105,6 +105,57 @@ int main() {
     CHECK(rows[size_t(k)] == float(w.dense[size_t(k)]), "below clamps to the first row");
     CHECK(rows[size_t(64 + k)] == float(w.dense[size_t(5 * 64 + k)]), "above clamps to the last row");
   }
+
+  std::vector<int64_t> ids = {3, 0, 7, -2, 1}, offsets = {0, 2, 2, 5};
+  const std::vector<float> weights(5, 2.0f);
+  int64_t first_bad = -1;
+  struct {
+    const lowbit_matrix* w;
+    lowbit_dtype id_dtype, out_dtype;
+    int64_t count, bags, padding, stride;
+    const float* weights;
+    int mean, policy;
+    bool has_ids, has_offsets, has_out;
+  } const good = {&w.view, LOWBIT_I64, LOWBIT_F32, 5, 3, -1, 64, nullptr, 0, LOWBIT_IDS_ZERO, true, true, true};
+  auto bags = [&](auto change) {
+    auto a = good;
+    change(a);
+    return lowbit_gather_bags(a.w, a.has_ids ? ids.data() : nullptr, a.id_dtype, a.count,
+                              a.has_offsets ? offsets.data() : nullptr, a.bags, a.weights, a.mean,
+                              lowbit_id_policy(a.policy), a.padding, &first_bad, a.has_out ? rows.data() : nullptr,
+                              a.out_dtype, a.stride);
+  };
+  const auto nothing = [](auto&) {};
+  CHECK(bags(nothing) == LOWBIT_OK && first_bad == -1, "%s", lowbit_last_error());
+  for (int k = 0; k < 64; k++) {
+    CHECK(rows[size_t(k)] == float(w.dense[size_t(3 * 64 + k)]) + float(w.dense[size_t(k)]), "column %d of bag 0", k);
+    CHECK(rows[size_t(64 + k)] == 0, "an empty bag is zeros");
+    CHECK(rows[size_t(128 + k)] == float(w.dense[size_t(64 + k)]), "ids outside are zeros");
+  }
+  REFUSED(bags([](auto& a) { a.w = nullptr; }), bad, "matrix");
+  REFUSED(bags([](auto& a) { a.id_dtype = LOWBIT_F32; }), bad, "ids");
+  REFUSED(bags([](auto& a) { a.has_ids = false; }), bad, "ids");
+  REFUSED(bags([](auto& a) { a.count = -1; }), bad, "count");
+  REFUSED(bags([](auto& a) { a.bags = -1; }), bad, "bags");
+  REFUSED(bags([](auto& a) { a.bags = INT64_MAX; }), bad, "bags");
+  REFUSED(bags([](auto& a) { a.has_offsets = false; }), bad, "offsets");
+  REFUSED(bags([](auto& a) { a.policy = 7; }), bad, "policy");
+  REFUSED(bags([](auto& a) { a.out_dtype = LOWBIT_I32; }), bad, "out");
+  REFUSED(bags([](auto& a) { a.stride = 63; }), bad, "stride");
+  REFUSED(bags([](auto& a) { a.has_out = false; }), bad, "out");
+  REFUSED(bags([&](auto& a) { a.weights = weights.data(), a.mean = 1; }), bad, "weights");
+  const auto refuses_ids = [](auto& a) { a.policy = LOWBIT_IDS_ERROR; };
+  REFUSED(bags(refuses_ids), LOWBIT_OUT_OF_RANGE, "ids[2]: expected a row in [0, 6), got 7");
+  CHECK(first_bad == 2, "the first bad id is at 2, got %ld", long(first_bad));
+  offsets = {0, 1, 2, 2};  // what is in no bag is not looked at
+  CHECK(bags(refuses_ids) == LOWBIT_OK, "%s", lowbit_last_error());
+  offsets = {INT64_MIN, 3, 4, INT64_MAX};
+  REFUSED(bags([](auto& a) { a.policy = LOWBIT_IDS_ERROR, a.padding = 7; }), LOWBIT_OUT_OF_RANGE, "ids[3]");
+  CHECK(bags(nothing) == LOWBIT_OK, "%s", lowbit_last_error());
+  offsets = {0, 4, 3, 5};
+  REFUSED(bags(nothing), bad, "offsets[2]: expected at least 4");
+  CHECK(bags([](auto& a) { a.bags = 0, a.has_offsets = a.has_out = false; }) == LOWBIT_OK, "no bags are no work");
+
   REFUSED(lowbit_unpack(&w.view, 0, 7, x.data(), LOWBIT_F32, 64), LOWBIT_OUT_OF_RANGE, "rows");
   REFUSED(lowbit_unpack(&w.view, 0, 2, x.data(), LOWBIT_F32, 63), bad, "stride");
   REFUSED(lowbit_unpack_codes(&w.view, 3, 2, w.codes.data()), LOWBIT_OUT_OF_RANGE, "rows");

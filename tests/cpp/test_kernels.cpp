@@ -1,5 +1,6 @@
 // Every kernel row, forced in turn: bit-identical with `ref`, exact where the arithmetic is exact, and close to
 // float64. Each test also asserts that the kernel it forced is the one that ran.
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -120,6 +121,75 @@ void test_gather(const Case& c, const std::vector<const char*>& isas) {
   lowbit_set_isa("auto");
 }
 
+std::mt19937 bag_bits(5);  // of their own: the products' bounds were set for the numbers that they draw
+
+struct BagsCase {
+  bool mean, weighted;
+  int64_t padding;
+};
+
+// Bags of every length there is: empty ones, one row, many batches of rows; offsets that begin after the first id and
+// end beyond the last. Exact where scales are powers of two and weights integers, close to float64 otherwise, and the
+// same bits on every level and number of threads.
+void test_bags(const Case& c, const std::vector<const char*>& isas, lowbit_dtype dtype) {
+  const TestMatrix w(c, bag_bits);
+  const int64_t padding = c.rows / 2, count = 400;
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < count; i++) ids.push_back(int64_t(bag_bits() % unsigned(c.rows)));
+  ids[7] = -3, ids[9] = c.rows, ids[10] = padding;
+  const std::vector<int32_t> narrow(ids.begin(), ids.end());
+  const std::vector<int64_t> offsets = {2, 3, 3, 17, 17, 19, 250, 251, 380, 1000};
+  const int64_t bags = int64_t(offsets.size()) - 1;
+  std::vector<float> weights;
+  for (int64_t i = 0; i < count; i++)
+    weights.push_back(c.powers_of_two ? float(int(bag_bits() % 9) - 4) : float(bag_bits() % 2000) / 700 - 1);
+  for (const BagsCase& bag_case :
+       {BagsCase{false, false, -1}, BagsCase{true, false, padding}, BagsCase{false, true, padding}}) {
+    std::vector<uint8_t> first;
+    for (const char* isa : isas)
+      for (const int threads : {1, 2, 5}) {
+        CHECK(lowbit_set_isa(isa) == LOWBIT_OK && lowbit_set_threads(threads) == LOWBIT_OK, "%s", lowbit_last_error());
+        const bool wide = threads == 2;
+        std::vector<uint8_t> out(size_t(bags * (c.cols + 3)) * (dtype == LOWBIT_F32 ? 4 : 2), 0xEE);
+        CHECK(lowbit_gather_bags(&w.view, wide ? static_cast<const void*>(ids.data()) : narrow.data(),
+                                 wide ? LOWBIT_I64 : LOWBIT_I32, count, offsets.data(), bags,
+                                 bag_case.weighted ? weights.data() : nullptr, bag_case.mean, LOWBIT_IDS_ZERO,
+                                 bag_case.padding, nullptr, out.data(), dtype, c.cols + 3) == LOWBIT_OK,
+              "%s", lowbit_last_error());
+        check_ran("bags", c.bits, isa);
+        if (!first.empty()) {
+          CHECK(out == first, "%s, %d threads: not the bits of ref", describe(c, count, 0, isa).c_str(), threads);
+          continue;
+        }
+        first = out;
+        for (int64_t b = 0; b < bags; b++)
+          for (int64_t k = 0; k < c.cols; k++) {
+            double sum = 0, size = 0, counted = 0;
+            for (int64_t i = offsets[size_t(b)]; i < std::min(offsets[size_t(b) + 1], count); i++) {
+              const int64_t id = ids[size_t(i)];
+              if (bag_case.padding >= 0 && id == bag_case.padding) continue;
+              counted++;
+              if (id < 0 || id >= c.rows) continue;
+              const double value =
+                  w.dense[size_t(id * c.cols + k)] * (bag_case.weighted ? double(weights[size_t(i)]) : 1.0);
+              sum += value, size += std::fabs(value);
+            }
+            const bool exact = c.powers_of_two && !bag_case.mean && dtype == LOWBIT_F32;
+            const double wanted = bag_case.mean && counted > 0 ? sum / counted : sum;
+            const double got = lowbit::load_float(out.data(), dtype, b * (c.cols + 3) + k);
+            const double last = dtype == LOWBIT_F32 ? 0 : std::fabs(wanted) * (dtype == LOWBIT_F16 ? 1e-3 : 8e-3);
+            CHECK(std::fabs(got - wanted) <= (exact ? 0 : 1e-5 * size + last + 1e-7),
+                  "%s bag %ld k %ld mean %d weighted %d: got %g, wanted %g", describe(c, count, 0, isa).c_str(),
+                  long(b), long(k), bag_case.mean, bag_case.weighted, got, wanted);
+          }
+        for (size_t at = size_t(c.cols) * (dtype == LOWBIT_F32 ? 4 : 2), i = 0; i < 6; i++)
+          CHECK(out[at + i] == 0xEE, "%s: written between rows", describe(c, count, 0, isa).c_str());
+      }
+  }
+  lowbit_set_isa("auto");
+  lowbit_set_threads(0);
+}
+
 // The largest integers that a ternary row can give: every weight 1 (or -1), every digit at its end.
 void test_largest_sums(const std::vector<const char*>& isas) {
   const int64_t cols = lowbit::kTritChunk;
@@ -178,9 +248,13 @@ int main() {
         random.powers_of_two = false;
         test_matmul(random, isas, {19, 16, 15, 9, 8, 7, 3, 1}, dtypes[turn % 3], false);
         test_gather(random, isas);
+        if (turn % 4 == 0) test_bags(turn % 8 ? random : exact, isas, dtypes[turn / 4 % 3]);
         turn++;
       }
     }
+    for (const int64_t cols : {1, 7, 33, 1003, 4097})
+      test_bags({bits, cols == 7 ? 1 : 50, cols, -1, may_have_zeros, cols == 33, int(cols % 3), LOWBIT_F16, cols > 7},
+                isas, LOWBIT_F32);
     // More rows than a block, more tokens than two tiles, one row, one token.
     test_matmul({bits, 131, 384, 128, may_have_zeros, false, 0, LOWBIT_F16, false}, isas, {33, 32, 31, 16, 1},
                 LOWBIT_BF16, false);

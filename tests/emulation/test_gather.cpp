@@ -97,7 +97,9 @@ void test_rows(const Case& c, const Layout& layout) {
   CHECK(out.intact(), "%s: written outside", what.c_str());
 }
 
-void test_bags(const Case& c, const Layout& layout, bool mean) {
+enum class Bags { kSum, kMean, kWeighted };
+
+void test_bags(const Case& c, const Layout& layout, Bags kind) {
   const TestMatrix m(c, generator);
   const size_t size = dtype_size(layout.dtype);
   const int64_t padding = generator() % 2 ? 0 : -1;
@@ -106,6 +108,8 @@ void test_bags(const Case& c, const Layout& layout, bool mean) {
   // An empty bag, one of padding only, and offsets that are outside, backwards or at the ends of int64.
   const std::vector<int64_t> offsets = {0, 3, 3, 6, 8, 9, 100, 2, -7, 5, INT64_MAX, INT64_MIN, 4};
   const int64_t bags = int64_t(offsets.size()) - 1;
+  // Weights that make sums of every sign and size, -0 among them. (The bits of a NaN are each processor's own.)
+  const std::vector<float> weights = {0.3f, -1e-38f, -1e-44f, -7, 1e30f, 2.5f, -0.0f, 1e-40f, -1};
   std::vector<float> rows(size_t(count * c.cols));
   CHECK(lowbit_gather(&m.view, ids.get(), ids.dtype, count, LOWBIT_IDS_ZERO, rows.data(), LOWBIT_F32, c.cols) ==
             LOWBIT_OK,
@@ -119,22 +123,34 @@ void test_bags(const Case& c, const Layout& layout, bool mean) {
       for (int64_t i = begin; i < end; i++) {
         if (padding >= 0 && ids.wide[size_t(i)] == padding) continue;
         counted++;
-        sum += rows[size_t(i * c.cols + k)];
+        sum = fmaf(kind == Bags::kWeighted ? weights[size_t(i)] : 1.0f, rows[size_t(i * c.cols + k)], sum);
       }
-      store_float(wanted.data(), layout.dtype, b * c.cols + k, mean && counted ? sum / float(counted) : sum);
+      store_float(wanted.data(), layout.dtype, b * c.cols + k,
+                  kind == Bags::kMean && counted ? sum / float(counted) : sum);
     }
   }
-  const std::string what = name_of(c) + (mean ? " mean" : " sum") + " to " + std::to_string(layout.dtype);
+  const char* const names[] = {" sum to ", " mean to ", " weighted sum to "};
+  const std::string what = name_of(c) + names[int(kind)] + std::to_string(layout.dtype);
   Guarded out(span(layout, bags, c.cols), layout.offset);
   int64_t first_bad = INT64_MAX;
   CudaGather call = gather_of(normalised(m), layout.dtype, layout.stride, out.get());
   call.ids = ids.get(), call.id_dtype = ids.dtype, call.count = count;
-  call.offsets = offsets.data(), call.bags = bags, call.mean = mean;
+  call.offsets = offsets.data(), call.bags = bags;
+  call.mean = kind == Bags::kMean, call.weights = kind == Bags::kWeighted ? weights.data() : nullptr;
   call.policy = LOWBIT_IDS_ERROR, call.padding_id = padding, call.first_bad = &first_bad;
   run(what, cuda::gather, &call);
   expect_rows(what, out.get(), layout.stride, wanted.data(), bags, c.cols, size);
   CHECK(out.intact(), "%s: written outside", what.c_str());
   CHECK(first_bad == 3, "%s: first_bad %lld", what.c_str(), static_cast<long long>(first_bad));
+  // The CPU takes offsets that do not decrease.
+  const std::vector<int64_t> ordered = {INT64_MIN, 1, 3, 3, 8, INT64_MAX};
+  wanted.resize(5 * size_t(c.cols) * size);
+  CHECK(lowbit_gather_bags(&m.view, ids.get(), ids.dtype, count, ordered.data(), 5, call.weights, call.mean,
+                           LOWBIT_IDS_ZERO, padding, nullptr, wanted.data(), layout.dtype, c.cols) == LOWBIT_OK,
+        "%s", lowbit_last_error());
+  call.offsets = ordered.data(), call.bags = 5, call.policy = LOWBIT_IDS_ZERO;
+  run(what, cuda::gather, &call);
+  expect_rows(what + ", as on the CPU", out.get(), layout.stride, wanted.data(), 5, c.cols, size);
 }
 
 // A perm that is none: nothing is written outside the rows, whatever lands in them. Columns that it names twice are
@@ -202,7 +218,8 @@ int main() {
         const Layout layouts[] = {{dtype, cols, 0}, {dtype, aligned, 0}, {dtype, aligned, dtype_size(dtype)}};
         for (const Layout& layout : layouts) test_rows(some_case(bits, 5, cols, false, generator), layout);
         test_rows(some_case(bits, 1 + int64_t(generator() % 9), cols, true, generator), layouts[generator() % 3]);
-        test_bags(some_case(bits, 4, cols, generator() % 4 == 0, generator), layouts[generator() % 3], generator() % 2);
+        test_bags(some_case(bits, 4, cols, generator() % 4 == 0, generator), layouts[generator() % 3],
+                  Bags(generator() % 3));
       }
     test_rows(some_case(bits, 37, 2560, false, generator), {LOWBIT_F16, 2560, 0});
     test_rows(some_case(bits, 1, 10944, false, generator), {LOWBIT_BF16, 10944, 0});

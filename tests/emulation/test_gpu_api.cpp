@@ -114,10 +114,14 @@ void test_rows() {
         "%s", lowbit_last_error());
   CHECK(bad == 1, "the first bad id is at 1, got %ld", long(bad));
   const int64_t offsets[] = {0, 2, 2, 4};
-  CHECK(lowbit_cuda_gather_bags(&kQueue, &w.view, ids, LOWBIT_I64, 4, offsets, 3, 1, LOWBIT_IDS_ZERO, -1, nullptr,
-                                out.data(), LOWBIT_F32, 130) == LOWBIT_OK,
+  CHECK(lowbit_cuda_gather_bags(&kQueue, &w.view, ids, LOWBIT_I64, 4, offsets, 3, nullptr, 1, LOWBIT_IDS_ZERO, -1,
+                                nullptr, out.data(), LOWBIT_F32, 130) == LOWBIT_OK,
         "%s", lowbit_last_error());
   CHECK(out[130] == 0 && out[259] == 0, "an empty bag is zeros");
+  const float weights[] = {1, 2, 3, 4};
+  refused(lowbit_cuda_gather_bags(&kQueue, &w.view, ids, LOWBIT_I64, 4, offsets, 3, weights, 1, LOWBIT_IDS_ZERO, -1,
+                                  nullptr, out.data(), LOWBIT_F32, 130),
+          LOWBIT_INVALID_ARGUMENT, "weights: expected NULL with mean");
   refused(lowbit_cuda_gather(&kQueue, &w.view, ids, LOWBIT_F32, 4, LOWBIT_IDS_ZERO, -1, nullptr, out.data(), LOWBIT_F32,
                              130),
           LOWBIT_INVALID_ARGUMENT, "ids: expected dtype");

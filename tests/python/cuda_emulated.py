@@ -19,7 +19,7 @@ import lowbit
 from lowbit import PackedMatrix, abi, cuda, doctor
 from lowbit.abi import FORMATS
 from lowbit.cli.torch_options import parse_device
-from lowbit.nn import Embedding, Linear, TernaryLinear
+from lowbit.nn import Embedding, EmbeddingBag, Linear, TernaryLinear
 from lowbit.quantize.gptq import solve
 
 LIBRARY = ctypes.CDLL(os.environ["LOWBIT_CUDA_LIBRARY"])
@@ -151,9 +151,31 @@ def test_bags(mode, dtype):
         with pytest.raises(IndexError, match=r"ids\[3\]: expected a row in \[0, 50\), got 50"):
             there.gather_bags(outside, offsets, **options)
         assert there.gather_bags(ids, offsets[:1]).shape == (0, packed.cols)
+        with pytest.raises(NotImplementedError, match='weights: expected mode "sum"'):
+            there.gather_bags(ids, offsets, "mean", weights=torch.ones(40))
         for wrong in (offsets.int(), offsets[None], offsets[:0]):
             with pytest.raises(ValueError, match="offsets: expected"):
                 there.gather_bags(ids, wrong)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weighted_bags_have_the_bits_of_the_cpu(format):
+    packed = some_matrix(format, perm=format == "int8", seed=1)
+    ids = torch.randint(0, 50, (40,), generator=torch.Generator().manual_seed(2))
+    ids[4], offsets = -1, torch.tensor([1, 6, 6, 39])
+    weights = torch.randn(40, generator=torch.Generator().manual_seed(3))
+    options = {"policy": "zero", "padding_id": int(ids[9])}
+    for dtype in FLOATS:
+        for given in (weights, weights.half(), weights[:1].expand(40)):
+            expected = packed.gather_bags(ids, offsets, dtype=dtype, weights=given, **options)
+            with gpu():
+                there = moved(packed)
+                assert torch.equal(there.gather_bags(ids, offsets, dtype=dtype, weights=given, **options), expected)
+    module = EmbeddingBag.from_packed(packed, "sum", policy="clamp")
+    expected = module(ids.view(8, 5), None, weights.view(8, 5))
+    with gpu():
+        module.load(moved(packed))
+        assert torch.equal(module(ids.view(8, 5), None, weights.view(8, 5)), expected)
 
 
 def test_padding_id_gives_zeros():

@@ -255,6 +255,12 @@ def test_gather_table():
     lines = table.gather(document("gather", [row, failed], table=[10, 4])).splitlines()
     assert cells(lines[0]) == ["lookups, ns a row", "64 ids, same output"]
     assert [cells(line) for line in lines[2:]] == [["lowbit int4 -> bf16", "512"]]
+    bags = {**row, "case": "bags", "bags": 64, "rows": 10, "cols": 4, "subject": "lowbit int4"}
+    operator = {**row, "case": "op", "ids": 1, "ns_per_row": 9000.0}
+    lookups, sums = table.gather(document("gather", [bags, row, failed, operator], table=[10, 4])).split("\n\n")
+    assert cells(lookups.splitlines()[0]) == ["lookups, ns a row", "64 ids, same output", "1 ids, as an operator"]
+    assert cells(sums.splitlines()[0])[1:] == ["10×4, 64 ids in 64"]
+    assert cells(sums.splitlines()[2]) == ["lowbit int4", f"512 ({row['share']:.2f})"]
 
 
 def test_model_table():
@@ -345,9 +351,21 @@ def test_a_gather_subject_answers_every_question():
     with harness.Worker([sys.executable, str(BENCH / "worker.py"), "ours"], threads=1, timeout=120) as library:
         assert name in [subject["name"] for subject in library.ask("describe")["gather"]]
         made = library.ask("table", name=name, cols=256, rows=512)
-        assert made == {"row_bytes": 128 + 2 * 2, "reuses_output": True}
-        for case in ("fresh", "reused"):
+        assert made == {"row_bytes": 128 + 2 * 2, "reuses_output": True, "has_op": True}
+        for case in ("fresh", "reused", "op"):
             assert min(library.ask("gather", name=name, count=5, case=case, seconds=0.001)) > 0
+
+
+@pytest.mark.parametrize("module, name, row_bytes", [
+    ("ours", "lowbit int4 g128", 128 + 2 * 2),
+    ("torch", "torch f32", 1024),
+    ("torch", "torch quantized 4-bit", 128 + 4),
+])  # fmt: skip
+def test_a_subject_sums_bags(module, name, row_bytes):
+    with harness.Worker([sys.executable, str(BENCH / "worker.py"), module], threads=1, timeout=120) as library:
+        assert name in [subject["name"] for subject in library.ask("describe")["bags"]]
+        assert library.ask("bag_table", name=name, cols=256, rows=512) == {"row_bytes": row_bytes}
+        assert min(library.ask("bags", name=name, count=32, bags=4, seconds=0.001)) > 0
 
 
 def test_a_library_that_is_not_installed_is_reported():

@@ -216,6 +216,184 @@ def test_gather_policies_and_out():
     assert packed.gather(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2, 64)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bags_are_those_of_torch(format, dtype):
+    packed = random_matrix(40, 129, format, 48, zeros=True, perm=True)
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 40, (300,), generator=generator)
+    weights = torch.randn(300, generator=generator)
+    offsets = torch.tensor([0, 3, 3, 100, 101, 299])  # torch's last bag ends with the ids
+    table, edges = torch.from_numpy(dense(packed)), torch.cat([offsets, torch.tensor([300])])
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for padding_id in (None, int(ids[50])):
+        for mode, row_weights in (("sum", None), ("mean", None), ("sum", weights)):
+            for chosen in (ids, ids.int()):
+                bags = packed.gather_bags(chosen, edges, mode, dtype, weights=row_weights, padding_id=padding_id)
+                exact = torch.nn.functional.embedding_bag(
+                    ids,
+                    table,
+                    offsets,
+                    mode=mode,
+                    padding_idx=padding_id,
+                    per_sample_weights=None if row_weights is None else row_weights.double(),
+                )
+                assert bags.dtype == dtype and bags.shape == (6, 129)
+                assert (bags.double() - exact).abs().max() <= tolerance * exact.abs().max()
+                assert not bags[1].any()
+
+
+def test_bags_add_in_order_and_fuse_weights():
+    packed = PackedMatrix.from_codes(
+        torch.tensor([[129], [129], [128]], dtype=torch.uint8), torch.tensor([[1.0], [2.0**25], [0.0]]), format="int8"
+    )
+    edges = torch.tensor([0, 3])
+    assert packed.gather_bags(torch.tensor([0, 1, 0]), edges).item() == 2.0**25  # (1 + 2^25) rounds twice to 2^25
+    weights = torch.tensor([1.0, 1.0, -1.0])
+    assert packed.gather_bags(torch.tensor([1, 0, 1]), edges, weights=weights).item() == 0
+    # A fused product keeps what its rounding alone would lose: (1 + 2^-12)^2 - 1 - 2^-11 = 2^-24.
+    near_one = PackedMatrix.from_codes(
+        torch.tensor([[129], [129]], dtype=torch.uint8), torch.tensor([[1 + 2.0**-12], [1.0]]), format="int8"
+    )
+    weights = torch.tensor([-1 - 2.0**-11, 1 + 2.0**-12])
+    assert near_one.gather_bags(torch.tensor([1, 0]), torch.tensor([0, 2]), weights=weights).item() == 2.0**-24
+
+
+def test_bags_refuse():
+    packed = random_matrix(5, 64, "int4", 32)
+    ids, edges = torch.tensor([4, 5, -1, 0]), torch.tensor([0, 2, 4])
+    with pytest.raises(IndexError, match=r"ids\[1\]: expected a row in \[0, 5\), got 5"):
+        packed.gather_bags(ids, edges)
+    rows = packed.unpack()
+    assert torch.equal(packed.gather_bags(ids, edges, policy="zero"), torch.stack([rows[4], rows[0]]))
+    assert torch.equal(packed.gather_bags(ids, edges, policy="clamp")[0], rows[4] + rows[4])
+    assert torch.equal(packed.gather_bags(ids, torch.tensor([3, 4])), rows[:1])  # ids in no bag are not looked at
+    with pytest.raises(ValueError, match=r"offsets\[1\]: expected at least 3, as before it, got 1"):
+        packed.gather_bags(ids, torch.tensor([3, 1]), policy="zero")
+    good = {"ids": ids, "offsets": edges, "policy": "zero"}
+    for change, error, message in (
+        ({"ids": ids[None]}, ValueError, "ids: expected 1 dimension"),
+        ({"ids": ids.float()}, TypeError, "ids dtype"),
+        ({"offsets": edges.int()}, ValueError, "offsets: expected torch.int64"),
+        ({"offsets": edges[:0]}, ValueError, "offsets: expected torch.int64"),
+        ({"mode": "max"}, ValueError, "mode: expected one of sum, mean"),
+        ({"policy": "wrap"}, ValueError, "policy: expected one of"),
+        ({"dtype": torch.float64}, TypeError, "dtype: expected one of"),
+        ({"padding_id": 5}, ValueError, "padding_id: expected a row"),
+        ({"weights": torch.ones(3)}, ValueError, r"weights: expected one an id, \[4\], got \[3\]"),
+        ({"weights": torch.ones(4, dtype=torch.int32)}, TypeError, "weights dtype"),
+        ({"weights": torch.ones(4), "mode": "mean"}, NotImplementedError, 'weights: expected mode "sum"'),
+    ):
+        with pytest.raises(error, match=message):
+            packed.gather_bags(**{**good, **change})
+
+
+def test_unpack_some_rows():
+    packed = random_matrix(5, 70, "int3", 32)
+    w = packed.unpack()
+    assert torch.equal(packed.unpack(rows=3), w[3:4]) and torch.equal(packed.unpack(rows=-5), w[:1])
+    assert torch.equal(packed.unpack(rows=[4, 0, -1]), w[[4, 0, -1]])
+    assert torch.equal(packed.unpack(torch.bfloat16, torch.tensor([[1], [2]])), w[torch.tensor([[1], [2]])].bfloat16())
+    assert packed.unpack(rows=[]).shape == (0, 70)
+    for rows, place, found in ((5, 0, 5), ([0, -6], 1, -6), (torch.tensor([[0], [9]]), 1, 9)):
+        with pytest.raises(IndexError, match=rf"rows\[{place}\]: expected a row in \[-5, 5\), got {found}"):
+            packed.unpack(rows=rows)
+    with pytest.raises(TypeError, match="rows dtype: expected one of"):
+        packed.unpack(rows=[0.5])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("perm", [False, True])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_resized(format, perm, scale_dtype):
+    packed = random_matrix(9, 200, format, 64, zeros=True, perm=perm, scale_dtype=scale_dtype)
+    before = [None if t is None else t.clone() for t in packed._tensors]
+    rows = torch.randn(4, 200, generator=torch.Generator().manual_seed(1)) * 0.01
+    larger = packed.resized(13, rows)
+    assert larger.layout == packed.layout and larger.shape == (13, 200) and larger.codes.data_ptr() % 64 == 0
+    assert larger.resized(9).equal(packed) and larger.resized(13) is larger
+    assert torch.equal(larger.codes[:9], packed.codes) and torch.equal(larger.unpack()[:9], packed.unpack())
+    for new, old in zip(larger._tensors, packed._tensors, strict=True):
+        assert (new is None) == (old is None) and (new is None or new.dtype == old.dtype)
+    # The new rows are those that the matrix would have been packed with, column order and all.
+    order = slice(None) if packed.perm is None else packed.perm.long()
+    options = {"symmetric": packed.zeros is None, "scale_dtype": scale_dtype}
+    alone = PackedMatrix.from_float(rows[:, order], format, 64, **options).unpack()
+    assert torch.equal(larger.unpack(rows=slice(9, 13))[:, order], alone)
+    # By default the mean; the cut is the first rows.
+    mean = packed.unpack().double().mean(0).float().expand(2, -1)
+    assert packed.resized(11).equal(packed.resized(11, mean))
+    small = packed.resized(2)
+    assert torch.equal(small.unpack(), packed.unpack()[:2]) and small.codes.data_ptr() != packed.codes.data_ptr()
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(before, packed._tensors, strict=True))
+
+
+def test_resized_under_one_scale():
+    codes = torch.tensor([[0, 8, 15], [7, 9, 8]], dtype=torch.uint8)
+    packed = PackedMatrix.from_codes(codes, torch.tensor([[0.5]]), format="int4")
+    larger = packed.resized(4, torch.tensor([[-4.0, 0.2, 3.7], [0.3, 0.76, -1.1]]))
+    assert torch.equal(larger.scales, packed.scales) and larger.scales is not packed.scales
+    assert larger.unpack(rows=[2, 3]).tolist() == [[-4.0, 0.0, 3.5], [0.5, 1.0, -1.0]]
+    assert larger.resized(2).equal(packed) and packed.resized(1).scales.shape == (1, 1)
+    message = r"new_rows\[0\]: expected values in \[-4.25, 3.75\], which the one scale of the matrix reaches, got 3.8"
+    with pytest.raises(ValueError, match=message):
+        packed.resized(3, torch.tensor([[0.0, 3.8, 0.0]]))
+    trits = PackedMatrix.from_float(
+        torch.randn(4, 50, generator=torch.Generator().manual_seed(2)), "trit", per_tensor=True
+    )
+    scale = float(trits.scales)
+    row = torch.linspace(-3, 3, 50)[None] * scale
+    assert torch.equal(trits.resized(5, row).unpack(rows=4), (row / scale).round().clamp(-1, 1) * scale)
+    nothing = PackedMatrix.from_codes(codes, torch.tensor([[0.0]]), format="int4")
+    assert not nothing.resized(3).unpack().any()
+    with pytest.raises(ValueError, match=r"new_rows\[0\]: expected values in \[-0, 0\]"):
+        nothing.resized(3, torch.ones(1, 3))
+
+
+def test_resized_refuses():
+    packed = random_matrix(5, 64, "int4", 32)
+    for arguments, error, message in (
+        ((0,), ValueError, "rows: expected at least 1, got 0"),
+        ((7, torch.ones(1, 64)), ValueError, r"new_rows: expected shape \[2, 64\] for 7 rows, got \[1, 64\]"),
+        ((3, torch.ones(2, 64)), ValueError, r"new_rows: expected shape \[0, 64\] for 3 rows, got \[2, 64\]"),
+        ((6, torch.ones(1, 64).double()), TypeError, "new_rows dtype"),
+        ((6, torch.full((1, 64), torch.inf)), ValueError, r"new_rows\[0, 0\]: expected a finite number, got inf"),
+    ):
+        with pytest.raises(error, match=message):
+            packed.resized(*arguments)
+
+
+LINE = 64
+
+
+def touched(rows, stride, start):
+    """Bytes of the cache lines that a row of an array at address `start` lies on, on average over its rows."""
+    first = start + torch.arange(rows) * stride
+    return (((first + stride - 1) // LINE - first // LINE + 1) * LINE).double().mean().item()
+
+
+@pytest.mark.parametrize("rows, cols", [(128256, 4096), (50257, 768), (32003, 5120), (257, 16384)])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_lookup_touches_little_more_than_the_bytes_of_its_row(rows, cols, format, zeros):
+    """The lines of a row's codes, fp16 scales (groups of 128) and zeros beside the bytes that they must be: the mean
+    over all rows of the table. Codes begin lines; rows of scales lie behind each other and straddle lines as they come,
+    from wherever the array starts (mapped from a file: anywhere), so the worst start counts."""
+    sample = random_matrix(3, cols, format, 128, zeros=zeros)  # its strides are those of a table of any length
+    assert sample.codes.data_ptr() % LINE == 0 and sample.codes.stride(0) % LINE == 0
+    total, least, arrays = sample.codes.stride(0), cols * sample.bits / 8, 1
+    for tensor in (sample.scales, sample.zeros):
+        if tensor is not None:
+            size = tensor.element_size()
+            stride = tensor.stride(0) * size
+            starts = range(0, LINE, size) if size > 1 else [tensor.data_ptr() % LINE]  # zeros: as they are here
+            total, least = total + max(touched(rows, stride, start) for start in starts), least + stride
+            arrays += 1
+    assert total < least + arrays * LINE  # a row of any width: one line more for each array
+    if cols >= 4096:
+        assert total <= 1.11 * least
+
+
 def test_codes_are_aligned_and_large_ones_on_a_huge_page_boundary():
     assert random_matrix(3, 70, "int4").codes.data_ptr() % 64 == 0
     assert random_matrix(1024, 4096, "int4").codes.data_ptr() % (2 << 20) == 0

@@ -1,11 +1,17 @@
 """Finding and exchanging the matrices of models, by type and structure alone."""
 
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import lowbit
+from lowbit.checkpoint.native import describe
 from lowbit.models import find_blocks, find_targets, has_matrix, patch, replace_module, weight_matrix
+from lowbit.vocabulary import resize_vocabulary
 
 pytest.importorskip("transformers")
 from tiny_models import ARCHITECTURES, build, outputs, relative_error, token_ids
@@ -107,6 +113,11 @@ class Renamed(nn.Linear):
         return input @ self.weight.T + self.bias
 
 
+class DoubledBags(nn.EmbeddingBag):
+    def forward(self, input, offsets=None, per_sample_weights=None):
+        return 2 * super().forward(input, offsets, per_sample_weights)
+
+
 class Wants(nn.Linear):
     def forward(self, x, mask):
         return super().forward(x) * mask
@@ -120,6 +131,9 @@ def test_only_what_behaves_like_its_base_class_is_replaced():
             "wants": Wants(32, 32),
             "attention": nn.MultiheadAttention(32, 2),
             "bounded": nn.Embedding(32, 32, max_norm=1.0),
+            "bounded_bags": nn.EmbeddingBag(32, 32, max_norm=1.0),
+            "largest": nn.EmbeddingBag(32, 32, mode="max"),
+            "doubled": DoubledBags(32, 32),
             "parametrized": nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)),
             "meta": nn.Linear(32, 32, device="meta"),
         }
@@ -128,7 +142,8 @@ def test_only_what_behaves_like_its_base_class_is_replaced():
     assert obstacles.pop("renamed") is None
     assert "forward of its own" in obstacles["shifted"] and "forward of its own" in obstacles["wants"]
     assert "MultiheadAttention" in obstacles["attention.out_proj"]
-    assert "max_norm" in obstacles["bounded"]
+    assert "max_norm" in obstacles["bounded"] and "max_norm" in obstacles["bounded_bags"]
+    assert 'mode "max"' in obstacles["largest"] and "forward of its own" in obstacles["doubled"]
     assert "parametrized" in obstacles["parametrized"]
     assert "meta" in obstacles["meta"]
 
@@ -167,6 +182,21 @@ def test_a_model_without_blocks():
     assert [t.kind for t in find_targets(model)] == ["embedding", "linear", "linear", "head"]
 
 
+def test_bags_are_tables():
+    bags = nn.EmbeddingBag(50, 32, mode="sum", padding_idx=-2, include_last_offset=True, dtype=torch.bfloat16).eval()
+    model = nn.Sequential(bags, nn.Linear(32, 64), nn.Linear(64, 3))
+    table, *_ = find_targets(model)
+    assert table.kind == "embedding" and table.is_table and table.shape == (50, 32) and table.obstacle is None
+    patch(model, {"0": lowbit.PackedMatrix.from_float(bags.weight.detach(), "int8", 32)})
+    [(name, entry)] = describe(model)[0]["modules"].items()
+    assert (name, entry["kind"]) == ("0", "embedding")
+    ids, edges = torch.arange(44, 50), torch.tensor([0, 1, 6])
+    with torch.no_grad():
+        bags.weight.copy_(model[0].packed.unpack(torch.bfloat16))
+        assert torch.allclose(model[0](ids, edges), bags(ids, edges), atol=0.02, rtol=0.02)
+    assert not model[0].training and model[0].dtype == torch.bfloat16
+
+
 def test_one_module_under_two_names_stays_one():
     model = nn.Module()
     model.a = model.b = nn.Linear(32, 32)
@@ -192,3 +222,122 @@ def test_patch_keeps_bias_and_mode_and_refuses_what_does_not_fit():
     assert model["a"].bias is bias and not model["a"].training and model["a"].activations == "int8"
     with pytest.raises(AttributeError):
         replace_module(model, "b", nn.Identity())
+
+
+def packed_model(architecture, format="int4"):
+    model = build(architecture)
+    for target in find_targets(model):
+        if target.obstacle is None:
+            packed = lowbit.PackedMatrix.from_float(weight_matrix(target.module).contiguous(), format, -1)
+            patch(model, dict.fromkeys(target.names, packed))
+    return model
+
+
+def assert_vocabulary(model, size):
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding.num_embeddings == embedding.weight.shape[0] == head.weight.shape[0] == head.out_features == size
+    assert model.config.vocab_size == model.config.get_text_config().vocab_size == size
+    assert head.bias is None or len(head.bias) == size
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "t5", "bert_mlm", "phi", "gpt2", "opt"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_resized_vocabulary_keeps_the_outputs_of_what_stays(architecture, packed):
+    model = packed_model(architecture) if packed else build(architecture)
+    ids = token_ids(2) % 120
+    before, rows = outputs(model, ids), model.get_input_embeddings().weight.shape[0]
+    shared = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    for size in (rows + 11, rows, 120):
+        resize_vocabulary(model, size)
+        assert_vocabulary(model, size)
+        table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        assert (table.data_ptr() == head.data_ptr()) == shared
+        after, kept = outputs(model, ids), min(size, rows)
+        # A dense product of another width may be summed in another order.
+        assert torch.allclose(after[..., :kept], before[..., :kept], atol=0 if packed else 1e-5)
+    assert model.get_input_embeddings().padding_idx in (None, 0, 1, 2)
+
+
+def test_rows_and_biases_of_a_resized_vocabulary():
+    model = packed_model("phi", "int8")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    with torch.no_grad():
+        head.bias.copy_(torch.arange(160))
+    old, generator = embedding.packed, torch.Generator().manual_seed(1)
+    rows, head_rows = (torch.randn(2, 64, generator=generator) for _ in range(2))
+    with pytest.raises(ValueError, match=r"new_head_rows: expected floats \[2, 64\], got torch.float32 \[1, 64\]"):
+        resize_vocabulary(model, 162, rows, new_head_rows=head_rows[:1])
+    assert embedding.packed is old and model.config.vocab_size == 160  # nothing is changed unless everything can be
+    resize_vocabulary(model, 162, rows, new_head_rows=head_rows)
+    assert relative_error(embedding(torch.tensor([160, 161])), rows) < 0.01
+    assert relative_error(head.packed.unpack(rows=slice(160, 162)), head_rows) < 0.01
+    assert torch.equal(embedding.packed.codes[:160], old.codes) and head.bias[159:].tolist() == [159, 79.5, 79.5]
+    resize_vocabulary(model, 163)
+    expected = embedding.packed.resized(162).unpack().mean(0)
+    assert relative_error(embedding(torch.tensor([162]))[0], expected) < 0.01
+
+
+def test_a_vocabulary_half_packed_and_one_of_trits():
+    model = build("llama")
+    head = lowbit.PackedMatrix.from_float(model.lm_head.weight.detach(), "trit", 32)
+    patch(model, {"lm_head": head.repack("int2")})
+    model.lm_head.stored_format = "trit"
+    resize_vocabulary(model, 165)
+    assert isinstance(model.model.embed_tokens, nn.Embedding) and len(model.model.embed_tokens.weight) == 165
+    assert model.lm_head.stored_format == "trit" and model.lm_head.packed.format == "int2"
+    assert model.lm_head.packed.repack("trit").resized(160).equal(head)
+    assert_vocabulary(model, 165)
+
+
+def test_a_resized_model_is_saved_and_loaded(tmp_path):
+    model = packed_model("qwen3")
+    resize_vocabulary(model, 171)
+    lowbit.save(model, tmp_path)
+    again = lowbit.load(tmp_path)
+    assert_vocabulary(again, 171)
+    assert torch.equal(outputs(again, token_ids(2)), outputs(model, token_ids(2)))
+    assert again.model.embed_tokens.weight.data_ptr() == again.lm_head.weight.data_ptr()
+    again.resize_token_embeddings(180)  # a loaded model resizes itself the same way
+    assert_vocabulary(again, 180)
+
+
+def test_transformers_resizes_packed_models_through_ours():
+    model = packed_model("llama")
+    clone, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for each, arguments, size in (
+        (clone, {"new_num_tokens": 170}, 170),
+        (pickled, {"new_num_tokens": 161, "pad_to_multiple_of": 64}, 192),
+        (model, {"pad_to_multiple_of": 3}, 162),
+    ):
+        assert each.resize_token_embeddings(**arguments) is each.get_input_embeddings()
+        assert_vocabulary(each, size)
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    with pytest.raises(NotImplementedError, match="resize_vocabulary"):
+        model.resize_token_embeddings(180, mean_resizing=False)
+    assert_vocabulary(model, 162)
+    plain = build("llama")
+    patch(plain, {"model.layers.0.mlp.up_proj": lowbit.PackedMatrix.from_float(torch.ones(96, 64), "int4")})
+    plain.resize_token_embeddings(170, mean_resizing=False)  # Transformers' own
+    assert_vocabulary(plain, 170)
+    gone = weakref.ref(plain)
+    del plain, each
+    assert gone() is None  # as any model: nothing but its caller holds it
+
+
+def test_a_vocabulary_of_modules_without_accessors():
+    packed = lowbit.PackedMatrix.from_float(torch.randn(50, 32), "int4", 32)
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50))
+    patch(model, {"0": packed, "2": packed})
+    resize_vocabulary(model, 60)
+    assert model[0].weight is model[2].weight and model(torch.tensor([59])).shape == (1, 60)
+    with pytest.raises(ValueError, match="new_head_rows: expected None, since the head is tied"):
+        resize_vocabulary(model, 61, new_head_rows=torch.ones(1, 32))
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
+        resize_vocabulary(model, 0)
+    with pytest.raises(ValueError, match=r"new_rows: expected floats \[0, 32\]"):
+        resize_vocabulary(model, 40, torch.ones(1, 32))
+    with pytest.raises(ValueError, match="Linear: expected a model with a token embedding, found none"):
+        resize_vocabulary(nn.Linear(3, 3), 4)
+    model[0].unload()
+    with pytest.raises(RuntimeError, match="token embedding: expected a weight"):
+        resize_vocabulary(model, 40)

@@ -8,7 +8,7 @@ from test_matrix import random_matrix
 from torch.library import opcheck
 
 from lowbit import PackedMatrix
-from lowbit.nn import Embedding, Linear
+from lowbit.nn import Embedding, EmbeddingBag, Linear
 
 
 def operands(packed):
@@ -31,6 +31,8 @@ def test_opcheck(zeros_perm):
     )
     bags = (torch.tensor([1, 2, 3]), torch.tensor([0, 2, 3]), *operands(packed), *layout(packed))
     opcheck(torch.ops.lowbit.gather_bags, (*bags, torch.float16, "mean", "error", 3))
+    weights = torch.randn(3, requires_grad=True)
+    opcheck(torch.ops.lowbit.gather_bags, (*bags, torch.float32, "sum", "error", 3, weights))
     opcheck(torch.ops.lowbit.unpack, (*operands(packed), *layout(packed), torch.float32))
 
 
@@ -109,6 +111,107 @@ def test_embed_scale_rounds_like_the_model_does():
     embedding = Embedding.from_packed(table, dtype=torch.bfloat16, embed_scale=64**0.5 + 0.01)
     expected = table.unpack(torch.bfloat16)[[2]] * torch.tensor(64**0.5 + 0.01, dtype=torch.bfloat16)
     assert torch.equal(embedding(torch.tensor([2])), expected)
+
+
+def test_policies_of_ids_outside():
+    table = random_matrix(5, 64, "int8")
+    rows, ids = table.unpack(), torch.tensor([[1, 5], [-7, 4]])
+    for policy in (None, "error"):
+        with pytest.raises(IndexError, match=r"ids\[1\]: expected a row in \[0, 5\), got 5"):
+            Embedding.from_packed(table, policy=policy)(ids)
+    zero, clamp = (Embedding.from_packed(table, policy=policy) for policy in ("zero", "clamp"))
+    nothing = torch.zeros(64)
+    assert torch.equal(zero(ids), torch.stack([rows[1], nothing, nothing, rows[4]]).view(2, 2, 64))
+    assert torch.equal(clamp(ids), rows[torch.tensor([[1, 4], [0, 4]])])
+    assert torch.equal(torch.compile(clamp, fullgraph=True)(ids), clamp(ids))
+    # What a module decides on a GPU, where an error would be waited for.
+    assert [Embedding(5, 64, checked=c, policy=p)._policy(0) for c, p in ((0, None), (1, None), (1, "clamp"))] == [
+        "zero",
+        "error",
+        "clamp",
+    ]
+    for make in (Embedding, EmbeddingBag):
+        with pytest.raises(ValueError, match="policy: expected one of error, zero, clamp"):
+            make(5, 64, policy="wrap")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_embedding_bag_is_an_embedding_bag(mode, padding_idx, weighted):
+    table = random_matrix(30, 65, "int4", 32, zeros=True)
+    ids = torch.randint(0, 30, (24,), generator=torch.Generator().manual_seed(1))
+    ids[5:7] = 3
+    offsets, weights = torch.tensor([0, 4, 4, 11]), torch.randn(24) if weighted else None
+    for include_last in (False, True):
+        theirs = torch.nn.EmbeddingBag.from_pretrained(
+            table.unpack(), mode=mode, include_last_offset=include_last, padding_idx=padding_idx
+        )
+        ours = EmbeddingBag.from_packed(table, mode, include_last, padding_idx)
+        assert ours.padding_idx == theirs.padding_idx
+        starts = torch.cat([offsets, torch.tensor([24])]) if include_last else offsets
+        calls = [(ids.view(6, 4), None), (ids, starts), (ids.int(), starts.int())]
+        for input, starts in calls:
+            sample = None if weights is None else weights.view(input.shape)
+            if weighted and mode == "mean":
+                for module in (theirs, ours):
+                    with pytest.raises(NotImplementedError, match="weights"):
+                        module(input, starts, sample)
+                continue
+            expected = theirs(input, starts, sample)
+            assert torch.allclose(ours(input, starts, sample), expected, atol=1e-6)
+    ours.load(table.unpack(), replace=True)
+    if not (weighted and mode == "mean"):
+        assert torch.equal(ours(*calls[-1], weights), theirs(*calls[-1], weights))
+    assert ours.half().dtype == torch.float16
+
+
+def test_a_compiled_bag_has_the_same_bits():
+    module = EmbeddingBag.from_packed(random_matrix(30, 64, "int4"), "sum")
+    arguments = torch.arange(12), torch.tensor([0, 5]), torch.randn(12)
+    assert torch.equal(torch.compile(module, fullgraph=True)(*arguments), module(*arguments))
+
+
+def test_gradients_of_the_weights_of_a_bag():
+    table = random_matrix(30, 65, "int3", 32)
+    ids, offsets = torch.tensor([3, 29, 4, 4, 3, 7]), torch.tensor([0, 2, 2, 5])
+    theirs = torch.nn.EmbeddingBag.from_pretrained(table.unpack(), mode="sum", padding_idx=4)
+    ours = EmbeddingBag.from_packed(table, "sum", padding_idx=4)
+    gradients = []
+    for module in (theirs, ours):
+        weights = torch.arange(1.0, 7, requires_grad=True)
+        module(ids, offsets, weights).square().sum().backward()
+        gradients.append(weights.grad)
+    assert torch.allclose(*gradients, atol=1e-5) and gradients[0][:2].all()
+    # Ids before the first bag and behind the last have none.
+    weights = torch.ones(6, requires_grad=True)
+    table.gather_bags(ids, torch.tensor([1, 5]), weights=weights).sum().backward()
+    assert torch.allclose(weights.grad[1:5], table.unpack()[ids[1:5]].sum(1), atol=1e-5)
+    assert weights.grad[0] == 0 and weights.grad[5] == 0
+
+
+def test_embedding_bag_refuses():
+    module = EmbeddingBag.from_packed(random_matrix(30, 64, "int4"))
+    ids = torch.arange(6)
+    for arguments, error, message in (
+        ((ids,), ValueError, "offsets: expected 1 dimension .* got None"),
+        ((ids, ids.view(2, 3)), ValueError, r"offsets: expected 1 dimension .* got \[2, 3\]"),
+        ((ids.view(2, 3), ids), ValueError, "offsets: expected None"),
+        ((ids.view(1, 2, 3),), ValueError, "input: expected 1 or 2 dimensions, got 3"),
+        ((ids, torch.tensor([0.0])), TypeError, "offsets dtype"),
+        ((ids, torch.tensor([0, 4, 2])), ValueError, r"offsets\[2\]: expected at least 4"),
+        ((ids.view(2, 3), None, torch.ones(6)), ValueError, r"per_sample_weights: expected shape \[2, 3\], got \[6\]"),
+        ((ids + 27, torch.tensor([0])), IndexError, r"ids\[3\]: expected a row in \[0, 30\), got 30"),
+    ):
+        with pytest.raises(error, match=message):
+            module(*arguments)
+    with pytest.raises(NotImplementedError, match='mode: expected "sum" or "mean" of a packed table, got "max"'):
+        EmbeddingBag(30, 64, mode="max")
+    with pytest.raises(ValueError, match="padding_idx: expected a row of 30"):
+        EmbeddingBag(30, 64, padding_idx=30)
+    module.unload()
+    with pytest.raises(RuntimeError, match="weight: expected one to be loaded, got none"):
+        module(ids.view(2, 3))
 
 
 @pytest.mark.parametrize("make", [lambda p: Linear.from_packed(p), lambda p: Embedding.from_packed(p)])

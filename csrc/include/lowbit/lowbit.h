@@ -179,6 +179,17 @@ LOWBIT_API size_t lowbit_matmul_group_workspace(const lowbit_product* products, 
 LOWBIT_API lowbit_status lowbit_gather(const lowbit_matrix* w, const void* ids, lowbit_dtype id_dtype, int64_t count,
                                        lowbit_id_policy policy, void* out, lowbit_dtype out_dtype, int64_t out_stride);
 
+/* Embedding bags: out[b] = sum (mean: over the rows counted) of W[ids[i]] for offsets[b] <= i < offsets[b + 1], added in
+ * fp32 in the order of ids. padding_id (-1: none) is left out, of a mean's count too; an empty bag is zeros. offsets
+ * int64 [bags + 1], nondecreasing; what lies outside [0, count] is cut off, and ids in no bag are not looked at.
+ * weights fp32 [count] or NULL: row i is multiplied by weights[i] as it is added, both rounded once (a fused
+ * multiply-add); not with mean. first_bad NULL, or where ERROR puts the smallest place of an id outside [0, rows).
+ * Bit-identical for every ISA and thread count. Takes scratch from the heap within the call. */
+LOWBIT_API lowbit_status lowbit_gather_bags(const lowbit_matrix* w, const void* ids, lowbit_dtype id_dtype,
+                                            int64_t count, const int64_t* offsets, int64_t bags, const float* weights,
+                                            int mean, lowbit_id_policy policy, int64_t padding_id, int64_t* first_bad,
+                                            void* out, lowbit_dtype out_dtype, int64_t out_stride);
+
 /* ---- the GPTQ column solver ---- */
 
 typedef struct lowbit_gptq_options {
@@ -255,12 +266,11 @@ LOWBIT_API lowbit_status lowbit_cuda_gather(const lowbit_cuda_queue* queue, cons
                                             int64_t padding_id, int64_t* first_bad, void* out, lowbit_dtype out_dtype,
                                             int64_t out_stride);
 
-/* out[b] = sum (mean: over the rows counted) of W[ids[i]] for offsets[b] <= i < offsets[b + 1], summed in fp32 in the
- * order of ids; padding_id is left out; an empty bag is zeros. offsets int64 [bags + 1], nondecreasing; what lies
- * outside [0, count] is cut off. */
+/* As lowbit_gather_bags, the same bits; ids and first_bad as in lowbit_cuda_gather. A bag whose offsets decrease is
+ * empty. */
 LOWBIT_API lowbit_status lowbit_cuda_gather_bags(const lowbit_cuda_queue* queue, const lowbit_matrix* w,
                                                  const void* ids, lowbit_dtype id_dtype, int64_t count,
-                                                 const int64_t* offsets, int64_t bags, int mean,
+                                                 const int64_t* offsets, int64_t bags, const float* weights, int mean,
                                                  lowbit_id_policy policy, int64_t padding_id, int64_t* first_bad,
                                                  void* out, lowbit_dtype out_dtype, int64_t out_stride);
 
@@ -303,7 +313,7 @@ LOWBIT_API const char* lowbit_isa(void);
 /* The kernel table, row by row: name as "int4_matmul__avx512vnni"; NULL past the end. runnable: features present. */
 LOWBIT_API const char* lowbit_kernel_name(int index, int* runnable);
 
-/* The kernel that a verb ("matmul", "gather", "activations", "store") would use now, or did last use on this thread;
+/* The kernel that a verb ("matmul", "gather", "bags", "activations", "store") would use now, or did last use on this thread;
  * "" if there is none. */
 LOWBIT_API const char* lowbit_selected_kernel(const char* verb, lowbit_format format);
 LOWBIT_API const char* lowbit_last_kernel(const char* verb);

@@ -157,6 +157,27 @@ class Matrix {
     return out;
   }
 
+  // Embedding bags: out[b][:] = the sum (mean: over the rows counted) of W[ids[i]][:], times weights[i] if there are
+  // any, for offsets[b] <= i < offsets[b + 1]; ids [count], offsets [bags + 1], weights [count] or null, out
+  // [bags][cols]; padding_id is left out.
+  template <class Id>
+  void gather_bags(const Id* ids, int64_t count, const int64_t* offsets, int64_t bags, float* out,
+                   const float* weights = nullptr, bool mean = false, lowbit_id_policy policy = LOWBIT_IDS_ERROR,
+                   int64_t padding_id = -1) const {
+    const lowbit_matrix w = view();
+    check(lowbit_gather_bags(&w, ids, dtype_of<Id>(), count, offsets, bags, weights, mean, policy, padding_id, nullptr,
+                             out, LOWBIT_F32, cols_));
+  }
+
+  // The sums of bags that end where the next one begins: offsets [bags + 1].
+  template <class Id>
+  std::vector<float> gather_bags(const std::vector<Id>& ids, const std::vector<int64_t>& offsets) const {
+    const size_t bags = offsets.empty() ? 0 : offsets.size() - 1;
+    std::vector<float> out(bags * static_cast<size_t>(cols_));
+    gather_bags(ids.data(), static_cast<int64_t>(ids.size()), offsets.data(), static_cast<int64_t>(bags), out.data());
+    return out;
+  }
+
   // The weights as floats [rows][cols], in original column order.
   std::vector<float> unpack() const {
     std::vector<float> out(static_cast<size_t>(rows_) * static_cast<size_t>(cols_));

@@ -1,0 +1,11 @@
+// int4 bags, the reference: see gather_ref.h.
+#include "cpu/gather_ref.h"
+
+namespace lowbit {
+
+void int4_bags__ref(const lowbit_matrix* w, const int64_t* ids, const float* weights, int64_t count,
+                    int64_t plane_begin, int64_t plane_end, float* sum) {
+  bags_ref<4>(w, ids, weights, count, plane_begin, plane_end, sum);
+}
+
+}  // namespace lowbit
