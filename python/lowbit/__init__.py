@@ -13,6 +13,7 @@ import importlib
 # second one.
 _LAZY = {
     "PackedMatrix": "lowbit.matrix",
+    "matmul_group": "lowbit.matrix",
     "Recipe": "lowbit.quantize.recipe",
     "quantize": "lowbit.quantize",
     "resize_vocabulary": "lowbit.vocabulary",
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "load",
     "load_weight",
+    "matmul_group",
     "ops",
     "prepare_ternary_training",
     "quantize",

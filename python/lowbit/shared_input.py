@@ -19,6 +19,7 @@ from torch import Tensor
 from lowbit import _C, abi
 
 if TYPE_CHECKING:
+    from lowbit.matrix import PackedMatrix
     from lowbit.nn import Linear
 
 _PATIENCE = 3  # calls whose results nobody fetched, after which layers are let go
@@ -29,7 +30,8 @@ class SharedInput:
 
     def __init__(self, members: list[Linear]):
         self._members = [weakref.ref(member) for member in members]
-        self._waiting: dict[int, tuple[Tensor, int, dict[int, Tensor]]] = {}  # by thread: input, version, results
+        # By thread: the input, its version, and of each layer the matrix and the result.
+        self._waiting: dict[int, tuple[Tensor, int, dict[int, tuple[PackedMatrix, Tensor]]]] = {}
         self._unfetched = 0
 
     def product(self, layer: Linear, x: Tensor) -> Tensor:
@@ -38,19 +40,20 @@ class SharedInput:
         waiting = self._waiting.pop(thread, None)
         if waiting is not None:
             source, version, results = waiting
-            found = results.pop(id(layer), None)
-            if found is not None and source is x and version == x._version:
+            matrix, y = results.pop(id(layer), (None, None))
+            if matrix is layer.packed and source is x and version == x._version:
                 if results:
                     self._waiting[thread] = waiting
-                return found
+                return y
             self._unfetched += 1
             if self._unfetched > _PATIENCE:
                 self._let_go()
                 return abi.matmul(layer.packed._view, x, layer.bias, layer.activations)
         members = [member for ref in self._members if (member := ref()) is not None and _joins(member, layer)]
-        views, biases = [member.packed._view for member in members], [member.bias for member in members]
-        results = dict(zip(map(id, members), abi.matmul_group(views, x, biases, layer.activations), strict=True))
-        own = results.pop(id(layer))
+        matrices, biases = [member.packed for member in members], [member.bias for member in members]
+        ys = abi.matmul_group([matrix._view for matrix in matrices], x, biases, layer.activations)
+        results = dict(zip(map(id, members), zip(matrices, ys, strict=True), strict=True))
+        _, own = results.pop(id(layer))
         if results:
             self._waiting[thread] = x, x._version, results
         return own
