@@ -370,7 +370,7 @@ def _obstacle(name: str, module: nn.Module, keep_in_fp32: tuple[str, ...]) -> st
         return "the model keeps it in float32"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
-    if is_table(module) and module.max_norm is not None:
+    if is_table(module) and getattr(module, "max_norm", None) is not None:
         return "it renormalises its rows (max_norm)"
     if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
         return 'it takes the maximum of a bag (mode "max")'
