@@ -152,6 +152,8 @@ class PackedModule(nn.Module):
         super()._apply(once, recurse)
         self._device = fn(torch.empty(0, device=self._device)).device
         self._held = None  # or it would keep the tensors that were left behind
+        if packed and not self.check_on_use and (self.weight.is_cpu or self.weight.is_cuda):
+            _ = self.packed  # so that the new codes are known as a matrix's when a tie is made of them
         return self
 
     def _clear(self) -> None:

@@ -265,6 +265,10 @@ def test_assigning_the_codes_of_a_matrix_ties_its_scales_too():
         head.weight = embedding.weight
         assert head.packed.equal(table) and head.weight_scale is embedding.weight_scale
         assert torch.equal(head(x), table.matmul(x))
+    head, embedding = Linear.from_packed(other), Embedding.from_packed(table)
+    torch.nn.ModuleList([head, embedding])._apply(torch.clone)  # as to() does
+    head.weight = embedding.weight
+    assert head.packed.equal(table) and head.weight_scale is embedding.weight_scale is not table.scales
     head.weight = torch.nn.Parameter(torch.ones(24, 64))
     assert head.packed is None and torch.allclose(head(x)[:, :1], x.sum(1, keepdim=True), atol=1e-4)
 
