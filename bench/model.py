@@ -7,6 +7,9 @@ Measures decoding (tokens a second after a short prompt), prefill, resident memo
 made by lowbit.quantize (round to nearest), saved, and loaded again, as a user's would be; the dense one is saved and
 loaded by transformers. Each runs in a process of its own; they take turns with the bandwidth probe between.
 
+With LLAMA_BENCH=/path/to/llama-bench also llama.cpp (peers/llama_cpp.py): the same shape in Q4_0 with a Q8_0 table,
+or in TQ1_0 and TQ2_0.
+
 Subjects: "torch bf16" (transformers as it comes), "torch bf16 prepacked" (its linears reordered once for oneDNN, which
 torch otherwise does at each call), and lowbit in both activation modes. The same random weights in all of them.
 """
@@ -24,6 +27,7 @@ from pathlib import Path
 
 import harness
 from matmul import median_probe
+from peers import llama_cpp
 
 SHAPES = {
     "llama-1b": {
@@ -221,7 +225,26 @@ class Model:
 
 
 def start(kind: str, threads: int) -> harness.Worker:
-    return harness.Worker([sys.executable, os.path.abspath(__file__), "--worker", kind], threads)
+    command = [sys.executable, os.path.abspath(__file__), "--worker", kind, "--threads", str(threads)]
+    return harness.Worker(command, threads)
+
+
+def start_llama_cpp(options: argparse.Namespace, folder: str, shape: dict) -> tuple[dict, dict, dict, str]:
+    """(workers, what they loaded, {"llama.cpp": version}, why there are none) of llama.cpp, by the names of its
+    subjects."""
+    workers, loaded, versions = {}, {}, {}
+    for name in llama_cpp.KINDS[options.shape]:
+        worker = start("llama_cpp", options.threads)
+        try:
+            worker.ask("describe")
+            loaded[name] = worker.ask("make", folder=folder, shape=shape, kind=options.shape, name=name)
+        except harness.WorkerError as failure:
+            worker.close()
+            return workers, loaded, versions, str(failure)
+        workers[name] = worker
+        versions["llama.cpp"] = loaded[name].pop("version")
+        print(f"{name}: {loaded[name]}", flush=True)
+    return workers, loaded, versions, ""
 
 
 def report(row: dict) -> str:
@@ -236,6 +259,7 @@ def report(row: dict) -> str:
 
 def measure(options: argparse.Namespace, workers: dict, loaded: dict) -> list[dict]:
     subjects = {name: how for name, how in SUBJECTS.items() if how[0] in workers}
+    subjects |= {name: (name, "") for name in workers if name in llama_cpp.KINDS[options.shape]}
     cases = [("decode", options.new_tokens, {"prompt": options.prompt, "tokens": options.new_tokens})]
     cases += [("prefill", prompt, {"prompt": prompt}) for prompt in options.prefill]
     rows = []
@@ -271,8 +295,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", help="default: results/<machine>/model.json")
-    parser.add_argument("--worker", choices=("dense", "prepacked", "packed"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("dense", "prepacked", "packed", "llama_cpp"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker == "llama_cpp":
+        peer = llama_cpp.LlamaCpp(options.threads)
+        harness.serve(
+            {question: getattr(peer, question) for question in ("describe", "make", "decode", "prefill", "memory")}
+        )
+        return
     if options.worker:
         model = Model(options.worker)
         questions = ("describe", "make", "make_ternary", "load", "decode", "prefill", "memory")
@@ -300,6 +330,8 @@ def main() -> None:
                 loaded[kind] = worker.ask("load", folder=folder)
                 loaded[kind]["disk_bytes"] = made["disk_bytes"]["packed" if kind == "packed" else "dense"]
                 print(f"{kind}: {loaded[kind]}", flush=True)
+            peers, peers_loaded, peers_versions, missing = start_llama_cpp(options, folder, shape)
+            workers, loaded, versions = workers | peers, loaded | peers_loaded, versions | peers_versions
             probe = partial(harness.read_bandwidth, options.threads)
             ends = {"start": median_probe(probe)}
             rows = measure(options, workers, loaded)
@@ -309,9 +341,10 @@ def main() -> None:
                 worker.close()
     names = ("shape", "layers", "prompt", "new_tokens", "threads", "rounds")
     settings = {**{field: getattr(options, field) for field in names}, "quantize_seconds": made["quantize_seconds"]}
+    absent = {"llama.cpp": missing} if missing else {}
     if not ternary:
         settings |= {"bits": options.bits, "head_bits": options.head_bits}
-    print(harness.save(harness.document(name, settings, versions, {}, rows, ends), options.output))
+    print(harness.save(harness.document(name, settings, versions, absent, rows, ends), options.output))
 
 
 if __name__ == "__main__":

@@ -135,10 +135,11 @@ def model(contents: dict) -> str:
         if sizes is None:
             line += ["", "", ""]
         else:
+            load = sizes.get("load_seconds")
             line += [
                 f"{sizes['resident_mb']:,.0f}",
                 f"{sizes['disk_bytes'] / 1e6:,.0f}",
-                f"{sizes['load_seconds']:.1f}",
+                "" if load is None else f"{load:.1f}",
             ]
         lines.append(line)
     return grid(header, lines)

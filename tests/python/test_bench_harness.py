@@ -15,6 +15,8 @@ import compare  # noqa: E402
 import harness  # noqa: E402
 import table  # noqa: E402
 
+from peers import llama_cpp  # noqa: E402
+
 ECHO = """
 import sys
 sys.path.insert(0, {bench!r})
@@ -373,3 +375,28 @@ def test_a_library_that_is_not_installed_is_reported():
     missing = pytest.raises(harness.WorkerError, match="no_such_library")
     with harness.Worker(command, threads=1) as library, missing:
         library.ask("describe")
+
+
+@pytest.mark.parametrize("kind", sorted(llama_cpp.KINDS))
+def test_the_file_that_llama_cpp_is_given(tmp_path, kind):
+    """Every matrix of the shape, in the types asked for, as lowbit's own strict reader sees them."""
+    pytest.importorskip("gguf")
+    from lowbit.checkpoint.gguf import GgufFile
+
+    shape = {"num_hidden_layers": 2, "vocab_size": 300, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    shape["tie_word_embeddings"] = kind == "llama-1b"
+    for name, types in llama_cpp.KINDS[kind].items():
+        path = tmp_path / name
+        size, embedding = llama_cpp.write_gguf(str(path), shape, *types)
+        opened = GgufFile(path)
+        assert size == path.stat().st_size and 300 * 256 * 4 // 8 < embedding < 300 * 256 * 9 // 8
+        tensors = {tensor: entry.type for tensor, entry in opened.tensors.items()}
+        assert len(tensors) == 2 * 9 + 2 + (kind != "llama-1b")
+        assert {tensors["blk.1.ffn_down.weight"], tensors["token_embd.weight"]} == {types[0], types[1]}
+
+
+def test_without_llama_bench_it_is_said(monkeypatch):
+    monkeypatch.setattr(llama_cpp, "PROGRAM", "")
+    with pytest.raises(LookupError, match="LLAMA_BENCH names no llama-bench"):
+        llama_cpp.LlamaCpp(2).describe()
