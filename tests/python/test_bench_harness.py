@@ -14,7 +14,6 @@ sys.path.insert(0, str(BENCH))
 import compare  # noqa: E402
 import harness  # noqa: E402
 import table  # noqa: E402
-
 from peers import llama_cpp  # noqa: E402
 
 ECHO = """
