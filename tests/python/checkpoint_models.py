@@ -27,6 +27,22 @@ def llama(tie=True, dtype=torch.float32, vocab_size=256, **changes):
     )
 
 
+def gemma3():
+    return build(
+        transformers.Gemma3TextConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=257,
+            max_position_embeddings=128,
+        ),
+        torch.bfloat16,
+    )
+
+
 def build(config, dtype=torch.float32):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from checkpoint_models import act_order, build, digests, llama, logits, pack
+from checkpoint_models import act_order, build, digests, gemma3, llama, logits, pack
 
 import lowbit
 from lowbit import checkpoint, models
@@ -20,22 +20,6 @@ from lowbit.checkpoint.safetensors_map import SafetensorsFile, Weights, serializ
 
 def gpt2():
     return build(transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=257, n_positions=64))
-
-
-def gemma3():
-    return build(
-        transformers.Gemma3TextConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=257,
-            max_position_embeddings=128,
-        ),
-        torch.bfloat16,
-    )
 
 
 def qwen2():

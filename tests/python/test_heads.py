@@ -293,6 +293,21 @@ def test_on_demand_checks_a_module_when_it_is_first_used(folders):
         lowbit.load(out, on_demand=True, in_memory=True)
 
 
+def test_on_demand_takes_files_of_other_writers_where_they_lie(folders):
+    """Their codes begin anywhere; they are copied to whole cache lines only where everything is read anyway."""
+    out, _, _ = folders
+    path = out / "model.safetensors"
+    expected, tensors = logits(lowbit.load(out)), safetensors.torch.load_file(path)
+    safetensors.torch.save_file({f"a{'a' * i}": torch.zeros(1) for i in range(3)} | tensors, path)
+    opened = lowbit.load(out, on_demand=True, strict=False)
+    assert any(module.packed.codes.data_ptr() % 64 for _, module, _ in lowbit.checkpoint.native.packed_modules(opened))
+    assert torch.equal(logits(opened), expected)
+    assert torch.equal(
+        opened.model.embed_tokens(torch.tensor([5])),
+        lowbit.load(out, strict=False).model.embed_tokens(torch.tensor([5])),
+    )
+
+
 def test_opening_on_demand_touches_headers_only(tmp_path):
     """A folder of 1.6 GB, holes on the disk, opens within a few MB; a layer that is used brings its own pages."""
     big_folder(tmp_path, layers=12)

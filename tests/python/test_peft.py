@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoint_models import act_order, build, digests, llama, logits, pack
+from checkpoint_models import act_order, build, digests, gemma3, llama, logits, pack
 from safetensors.torch import load_file, save_file
 
 import lowbit
@@ -48,22 +48,6 @@ def qwen2(tie=True):
             max_position_embeddings=128,
             tie_word_embeddings=tie,
         )
-    )
-
-
-def gemma3():
-    return build(
-        transformers.Gemma3TextConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=257,
-            max_position_embeddings=128,
-        ),
-        torch.bfloat16,
     )
 
 

@@ -200,34 +200,16 @@ def read_matrix(
     name: str, entry: ModuleEntry, weights: Weights, in_memory: bool, validate: bool = True
 ) -> PackedMatrix:
     """The matrix of one module. validate: look at its values too."""
-    codes, scales = weights[f"{name}.weight"], weights[f"{name}.weight_scale"]
-    zeros, perm = (weights.get(f"{name}.{part}") for part in PARTS[2:])
+    codes, *sides = (weights.get(f"{name}.{part}") for part in PARTS)
+    layout = {"format": entry.format, "cols": entry.cols, "group_size": entry.group_size}
     try:
-        matrix = PackedMatrix(
-            codes,
-            scales,
-            zeros,
-            perm,
-            format=entry.format,
-            cols=entry.cols,
-            group_size=entry.group_size,
-            validate=validate,
-        )
+        matrix = PackedMatrix(codes, *sides, **layout, validate=validate)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{weights.path(f'{name}.weight')}: {name}: {error}") from None
-    if in_memory or codes.data_ptr() % ALIGNMENT:
+    if in_memory or (validate and codes.data_ptr() % ALIGNMENT):  # files that others wrote: lines across cache lines
         resident = empty_codes(codes.shape[0], codes.shape[1])
         resident.copy_(codes)
-        matrix = PackedMatrix(
-            resident,
-            scales,
-            zeros,
-            perm,
-            format=entry.format,
-            cols=entry.cols,
-            group_size=entry.group_size,
-            validate=False,
-        )
+        matrix = PackedMatrix(resident, *sides, **layout, validate=False)
         weights.drop(f"{name}.weight")
     return matrix
 
