@@ -28,14 +28,14 @@ struct Scratch {
 
   Scratch(const lowbit_matrix& w, int64_t tokens, lowbit_activations mode, char* base) {
     const int64_t batch = tokens < kTokenBatch ? tokens : kTokenBatch;
-    x.layout = select_layout(batch);
     x.cols = w.cols;
     x.cols_padded = ceil_div(w.cols, padding(w.format)) * padding(w.format);
     x.chunk = chunk_size(w.format, w.cols, w.group_size);
     x.token_step = w.format == LOWBIT_TRIT && mode == LOWBIT_ACT_INT8;
     x.chunks = ceil_div(w.cols, x.chunk);
     x.chunks_padded = ceil_div(x.chunks, kSlots) * kSlots;
-    const int64_t places = x.layout == Activations::kTiles ? ceil_div(batch, kLanes) * kLanes : batch;
+    // Whole tiles wherever a level of instructions takes them: the size is the same for all.
+    const int64_t places = batch >= kLeastTileTokens ? ceil_div(batch, kLanes) * kLanes : batch;
     bytes = 0;
     auto take = [&](int64_t size) {
       char* at = base ? base + bytes : nullptr;
@@ -80,6 +80,15 @@ size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_ac
   return size_t(Scratch(m, tokens, activations, nullptr).bytes);
 }
 
+lowbit_status lowbit_matmul_batching(int64_t* batch, int64_t* tiles_from) {
+  if (!batch || !tiles_from) return fail(LOWBIT_INVALID_ARGUMENT, "batch and tiles_from: expected pointers, got NULL");
+  Isa isa;
+  LOWBIT_TRY(allowed_isa(&isa));
+  *batch = kTokenBatch;
+  *tiles_from = tile_tokens(isa);
+  return LOWBIT_OK;
+}
+
 lowbit_status lowbit_matmul(const lowbit_matrix* w, const void* x, lowbit_dtype dtype, int64_t tokens, int64_t x_stride,
                             const void* bias, lowbit_dtype bias_dtype, void* y, int64_t y_stride,
                             lowbit_activations activations, void* workspace, size_t workspace_bytes) {
@@ -99,9 +108,11 @@ lowbit_status lowbit_matmul(const lowbit_matrix* w, const void* x, lowbit_dtype 
                 m.cols, m.rows, x_stride, y_stride);
   if (tokens > kMaxElements / (m.rows > m.cols ? m.rows : m.cols))
     return fail(LOWBIT_INVALID_ARGUMENT, "tokens: expected below 2^46 elements, got %" PRId64, tokens);
+  Isa isa;
   ActivationsKernel quantize;
   MatmulKernel kernel;
   StoreKernel store;
+  LOWBIT_TRY(allowed_isa(&isa));
   LOWBIT_TRY(select<Verb::activations>(0, &quantize));
   LOWBIT_TRY(select<Verb::matmul>(m.format, &kernel));
   LOWBIT_TRY(select<Verb::store>(0, &store));
@@ -119,7 +130,7 @@ lowbit_status lowbit_matmul(const lowbit_matrix* w, const void* x, lowbit_dtype 
   for (int64_t first = 0; first < tokens; first += kTokenBatch) {
     Activations& batch = scratch.x;
     batch.tokens = tokens - first < kTokenBatch ? tokens - first : kTokenBatch;
-    batch.layout = select_layout(batch.tokens);
+    batch.layout = select_layout(batch.tokens, isa);
     const char* from = static_cast<const char*>(x) + first * x_stride * dtype_bytes(dtype);
     const Output to{static_cast<char*>(y) + first * y_stride * dtype_bytes(dtype), dtype, y_stride};
     const int64_t grain = batch.layout == Activations::kTiles ? kLanes : 1;
