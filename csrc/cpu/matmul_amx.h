@@ -7,9 +7,9 @@
 //
 // Register tile: 2 A (32 rows) x 2 B = 4 C, so that four products take four loads. The two B are the digits of one tile
 // of tokens or, with one digit, two tiles of tokens. 32 rows are decoded into L1, 512 columns (a stage) at a time, and
-// meet two tiles of tokens. Three things run at once: the tile unit multiplies a chunk while the vector unit finishes the
-// chunk before it and decodes a part of the next stage. They are neither ordered nor waited for; the program only issues
-// the products of a chunk before the vector work that does not depend on them.
+// meet two tiles of tokens. The tile unit can multiply a chunk while the vector unit finishes the chunk before it and
+// decodes a part of the next stage: the program issues the products of a chunk first, then vector work that does not
+// depend on them, and leaves the overlap to the core.
 // Stages are taken so that those which share slots follow each other: with chunks of 128, 4 slots of 16 are in use at a
 // time, 16 KB of L1 instead of 64.
 //
@@ -18,8 +18,10 @@
 // 3 to decode, half of that a tile of tokens: 128 cycles in the tile unit, about as many in two vector pipes. With chunks
 // of 32 and 16 the vector unit alone decides.
 //
-// The tile state is set up and released once a call, of up to 64 rows and 256 tokens: between calls a thread has none, and
-// context switches do not save 8 KB for it.
+// The tile state is set up and released once a call, which is up to 64 rows and 256 tokens: one LDTILECFG and one
+// TILERELEASE for at least 6 tokens by every column, so that between calls a thread has no 8 KB for context switches to
+// save. A thread's first tile instruction traps once, for the system to make room for them.
+//
 // kRows, few tokens: the kernel of avx512vnni.
 #ifndef LOWBIT_CPU_MATMUL_AMX_H
 #define LOWBIT_CPU_MATMUL_AMX_H
@@ -210,26 +212,36 @@ struct BlockByPanel {
     multiply<1, 2>(code, digits, k, end, first, to);
   }
 
-  // Adds the finished sums of a chunk to its slot.
-  void finish(const Product& p) {
-    const int slot = int(p.chunk % kSlots), halves = count > kHalfRows ? 2 : 1;
+  // Adds the sums of a chunk, for tile t of the panel's tokens, to its slot.
+  template <bool kZeros>
+  void finish(const Product& p, int t) {
+    const int64_t at = ((first_tile + t) * x->chunks_padded + p.chunk) * kLanes;
+    const __m512i v = _mm512_loadu_si512(x->sum + at);
+    const __m512 step = _mm512_loadu_ps(x->step + at);
+    const __m512i symmetric = _mm512_slli_epi32(v, kBits - 1);
     const __mmask16 begun = p.chunk < kSlots ? 0 : 0xFFFF;  // a slot's first chunk finds it at zero
-    for (int t = kTwoDigits ? p.pair : 0; t < (kTwoDigits ? p.pair + 1 : tiles); t++) {
-      const int64_t at = ((first_tile + t) * x->chunks_padded + p.chunk) * kLanes;
-      const __m512i v = _mm512_loadu_si512(x->sum + at);
-      const __m512 step = _mm512_loadu_ps(x->step + at);
-      const __m512i symmetric = _mm512_slli_epi32(v, kBits - 1);
-      for (int r = 0; r < halves * kHalfRows; r++) {
-        const int32_t* sum = p.sums + r / kHalfRows * 2 * kSums + r % kHalfRows * kLanes;
-        __m512i total = _mm512_load_si512(sum + (kTwoDigits ? 0 : t * kSums));
-        if (kTwoDigits) total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), _mm512_load_si512(sum + kSums));
-        const __m512i zv = w->zeros ? _mm512_mullo_epi32(_mm512_set1_epi32(p.stage->zeros[r][p.inside]), v) : symmetric;
-        const __m512 weight = _mm512_mul_ps(_mm512_set1_ps(p.stage->scales[r][p.inside]), step);
-        float* to = slots[t][slot][r];
-        const __m512 acc = _mm512_maskz_load_ps(begun, to);
-        _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(total, zv)), weight, acc));
+    const float* scales = p.stage->scales[0] + p.inside;
+    const int32_t* zeros = p.stage->zeros[0] + p.inside;
+    const int32_t* sum = p.sums + (kTwoDigits ? 0 : t * kSums);
+    float* slot = slots[t][p.chunk % kSlots][0];
+    for (int r0 = 0; r0 < count; r0 += kHalfRows, sum += 2 * kSums)
+#pragma GCC unroll 4
+      for (int i = 0; i < kHalfRows; i++) {
+        const int r = r0 + i;
+        __m512i total = _mm512_load_si512(sum + i * kLanes);
+        if (kTwoDigits)
+          total = _mm512_add_epi32(_mm512_slli_epi32(total, 8), _mm512_load_si512(sum + kSums + i * kLanes));
+        const __m512i zv = kZeros ? _mm512_mullo_epi32(_mm512_set1_epi32(zeros[r * kGrid]), v) : symmetric;
+        const __m512 weight = _mm512_mul_ps(_mm512_set1_ps(scales[r * kGrid]), step);
+        const __m512 acc = _mm512_maskz_load_ps(begun, slot + r * kLanes);
+        const __m512 product = _mm512_cvtepi32_ps(_mm512_sub_epi32(total, zv));
+        _mm512_store_ps(slot + r * kLanes, _mm512_fmadd_ps(product, weight, acc));
       }
-    }
+  }
+
+  void finish(const Product& p) {
+    for (int t = kTwoDigits ? p.pair : 0; t < (kTwoDigits ? p.pair + 1 : tiles); t++)
+      w->zeros ? finish<true>(p, t) : finish<false>(p, t);
   }
 
   // The slots of a tile of tokens added as the tree of docs/numerics.md, rows in the lanes of what is written.
