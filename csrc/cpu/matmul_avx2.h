@@ -42,9 +42,8 @@ LOWBIT_INLINE void add_products(__m256i& sums, __m256i codes, __m256i digits) {
 }
 
 // total + weight * sums.
-template <int kWeight>
-LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums) {
-  return _mm256_add_epi32(total, kWeight == 1 ? sums : _mm256_slli_epi32(sums, __builtin_ctz(kWeight)));
+LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums, int weight) {
+  return _mm256_add_epi32(total, weight == 1 ? sums : _mm256_slli_epi32(sums, __builtin_ctz(weight)));
 }
 #else
 constexpr bool kDotProducts = false;
@@ -55,21 +54,14 @@ LOWBIT_INLINE void add_products(__m256i& sums, __m256i codes, __m256i digits) {
 }
 
 // total + weight * (the 16-bit sums in pairs).
-template <int kWeight>
-LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums) {
-  return _mm256_add_epi32(total, _mm256_madd_epi16(sums, _mm256_set1_epi16(int16_t(kWeight))));
+LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums, int weight) {
+  return _mm256_add_epi32(total, _mm256_madd_epi16(sums, _mm256_set1_epi16(int16_t(weight))));
 }
 #endif
 
 // Codes as they can be multiplied without saturating: one part, or the two nibbles of int8.
 template <int kBits>
 constexpr int kParts = kBits == 8 && !kDotProducts ? 2 : 1;
-
-// total + the sums of a digit of weight kDigit (256 or 1) and part p.
-template <int kDigit>
-LOWBIT_INLINE __m256i add_part(__m256i total, __m256i sums, int p) {
-  return p ? add_weighted<16 * kDigit>(total, sums) : add_weighted<kDigit>(total, sums);
-}
 
 template <int kPart, int kBits>
 LOWBIT_INLINE __m256i code_part(__m256i codes) {
@@ -144,8 +136,8 @@ struct Block {
     for (int t = 0; t < kTokens; t++) {
       s.r[t] = _mm256_setzero_si256();
       for (int p = 0; p < kParts<kBits>; p++) {
-        s.r[t] = add_part<1>(s.r[t], low[p][t], p);
-        if (kTwoDigits) s.r[t] = add_part<256>(s.r[t], high[p][t], p);
+        s.r[t] = add_weighted(s.r[t], low[p][t], p ? 16 : 1);
+        if (kTwoDigits) s.r[t] = add_weighted(s.r[t], high[p][t], p ? 4096 : 256);
       }
     }
     return s;
@@ -322,8 +314,8 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
               }
             }
             for (int r = 0; r < R; r++) {
-              total[r] = add_part<1>(total[r], l[r], p);
-              if (kTwoDigits) total[r] = add_part<256>(total[r], h[r], p);
+              total[r] = add_weighted(total[r], l[r], p ? 16 : 1);
+              if (kTwoDigits) total[r] = add_weighted(total[r], h[r], p ? 4096 : 256);
             }
           }
         }

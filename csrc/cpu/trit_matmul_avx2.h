@@ -40,8 +40,8 @@ LOWBIT_INLINE void whole_row(const lowbit_matrix* w, const Activations* x, int64
           if (kTwoDigits) add_products(h, load32(codes + i), load32(x->high + at + i));
           add_products(l, load32(codes + i), load32(x->low + at + i));
         }
-        if (kTwoDigits) sum[t] = add_weighted<256>(sum[t], h);
-        sum[t] = add_weighted<1>(sum[t], l);
+        if (kTwoDigits) sum[t] = add_weighted(sum[t], h, 256);
+        sum[t] = add_weighted(sum[t], l, 1);
       }
     }
     for (int t = 0; t < kTokens; t++) {
