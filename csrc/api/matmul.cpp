@@ -70,7 +70,6 @@ struct Scratch {
       Prepared wanted{};
       Activations& x = wanted.x;
       wanted.perm = w.perm;
-      x.layout = select_layout(batch);
       x.cols = w.cols;
       x.cols_padded = ceil_div(w.cols, padding(w.format)) * padding(w.format);
       x.chunk = chunk_size(w.format, w.cols, w.group_size);
@@ -81,7 +80,8 @@ struct Scratch {
       product.prepared = 0;
       while (product.prepared < count && !prepared[product.prepared].serves(wanted)) product.prepared++;
       if (product.prepared < count) continue;
-      const int64_t places = x.layout == Activations::kTiles ? ceil_div(batch, kLanes) * kLanes : batch;
+      // Whole tiles wherever a level of instructions takes them: the size is the same for all.
+      const int64_t places = batch >= kLeastTileTokens ? ceil_div(batch, kLanes) * kLanes : batch;
       x.low = reinterpret_cast<int8_t*>(take(places * x.cols_padded));
       x.high = mode == LOWBIT_ACT_FLOAT ? reinterpret_cast<int8_t*>(take(places * x.cols_padded)) : nullptr;
       x.step = reinterpret_cast<float*>(take(places * x.chunks_padded * 4));
@@ -156,7 +156,7 @@ void each_part(const Group& group, int64_t begin, int64_t end, Body&& body) {
 }
 
 void multiply(Group& group, Scratch& scratch, const void* x, lowbit_dtype dtype, int64_t tokens, int64_t x_stride,
-              ActivationsKernel quantize, StoreKernel store) {
+              Isa isa, ActivationsKernel quantize, StoreKernel store) {
   int64_t weights = 0, range = 0;
   for (int i = 0; i < group.count; i++) {
     const Product& product = group.products[i];
@@ -171,7 +171,7 @@ void multiply(Group& group, Scratch& scratch, const void* x, lowbit_dtype dtype,
     for (int p = 0; p < scratch.count; p++) {
       Prepared& prepared = scratch.prepared[p];
       prepared.x.tokens = batch;
-      prepared.x.layout = select_layout(batch);
+      prepared.x.layout = select_layout(batch, isa);
       const int64_t grain = prepared.x.layout == Activations::kTiles ? kLanes : 1;
       parallel_for(batch, grain, batch * prepared.x.cols < (1 << 15), [&](int64_t begin, int64_t end) {
         quantize(from, dtype, x_stride, prepared.perm, begin, end, &prepared.x);
@@ -209,6 +209,15 @@ size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_ac
   return lowbit_matmul_group_workspace(&product, 1, tokens, activations);
 }
 
+lowbit_status lowbit_matmul_batching(int64_t* batch, int64_t* tiles_from) {
+  if (!batch || !tiles_from) return fail(LOWBIT_INVALID_ARGUMENT, "batch and tiles_from: expected pointers, got NULL");
+  Isa isa;
+  LOWBIT_TRY(allowed_isa(&isa));
+  *batch = kTokenBatch;
+  *tiles_from = tile_tokens(isa);
+  return LOWBIT_OK;
+}
+
 lowbit_status lowbit_matmul_group(const lowbit_product* products, int count, const void* x, lowbit_dtype dtype,
                                   int64_t tokens, int64_t x_stride, lowbit_activations activations, void* workspace,
                                   size_t workspace_bytes) {
@@ -219,8 +228,10 @@ lowbit_status lowbit_matmul_group(const lowbit_product* products, int count, con
     return fail(LOWBIT_INVALID_ARGUMENT, "activations: expected float or int8, got %d", int(activations));
   if (tokens == 0) return LOWBIT_OK;
   if (!x) return fail(LOWBIT_INVALID_ARGUMENT, "x and y: expected pointers, got NULL");
+  Isa isa;
   ActivationsKernel quantize;
   StoreKernel store;
+  LOWBIT_TRY(allowed_isa(&isa));
   LOWBIT_TRY(select<Verb::activations>(0, &quantize));
   LOWBIT_TRY(select<Verb::store>(0, &store));
 
@@ -231,7 +242,7 @@ lowbit_status lowbit_matmul_group(const lowbit_product* products, int count, con
   void* owned = workspace ? nullptr : aligned_alloc(64, needed);  // the heap keeps it for the next call
   if (!workspace && !owned) return fail(LOWBIT_OUT_OF_MEMORY, "workspace: no memory for %zu bytes", needed);
   Scratch scratch(&group, tokens, activations, static_cast<char*>(workspace ? workspace : owned));
-  multiply(group, scratch, x, dtype, tokens, x_stride, quantize, store);
+  multiply(group, scratch, x, dtype, tokens, x_stride, isa, quantize, store);
   free(owned);
   return LOWBIT_OK;
 }

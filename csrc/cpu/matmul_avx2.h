@@ -1,12 +1,14 @@
-// y[m,n] = sum_c fma chain of float(I[m,n,c]) * (s[n,g(c)] * step[m,c])   on AVX2, for every integer format.
+// y[m,n] = sum_c fma chain of float(I[m,n,c]) * (s[n,g(c)] * step[m,c])   on AVX2 and AVX-VNNI, for every format.
 //
-// The structure and the bits are those of matmul_avx512vnni.h with two registers of 8 lanes for the 16 slots. Products
-// are vpmaddubsw (codes * digits, pairs added in 16 bits) and vpmaddwd, whose second operand is the weight of the digit
-// (256 or 1). Sixteen bits hold 8 pairs: 8 * 2 * 15 * 128 = 30720; the codes of int8 are split into nibbles, two parts
-// of weight 1 and 16, for that.
+// The structure and the bits are those of matmul_avx512vnni.h with two registers of 8 lanes for the 16 slots.
+// AVX2: products are vpmaddubsw (codes * digits, pairs added in 16 bits) and vpmaddwd, whose second operand is the
+// weight of the digit (256 or 1). Sixteen bits hold 8 pairs: 8 * 2 * 15 * 128 = 30720; the codes of int8 are split into
+// nibbles, two parts of weight 1 and 16, for that.
+// AVX-VNNI: products are vpdpbusd, four of them added to 32 bits, where a chunk of every format fits: one part, and a
+// shift for the weight.
 //
 // kRows: one row of W against 1 or 2 tokens, 16 chunks a block, a transposing add of 8 registers. Bound by issue slots:
-// 2 vpmaddubsw and about 2 more operations for 32 codes and a digit.
+// for 32 codes and a digit AVX2 takes 2 vpmaddubsw and about 2 more operations, AVX-VNNI one vpdpbusd and its load.
 // kTiles: 4 rows are decoded to bytes in L1, 512 columns at a time, and meet 8 tokens in the lanes at a time.
 #ifndef LOWBIT_CPU_MATMUL_AVX2_H
 #define LOWBIT_CPU_MATMUL_AVX2_H
@@ -25,19 +27,46 @@ LOWBIT_INLINE float add_slots(__m256 first, __m256 second) {
   return _mm_cvtss_f32(_mm_add_ss(a2, _mm_movehdup_ps(a2)));
 }
 
-// Codes as vpmaddubsw can take them without saturating: one part, or the two nibbles of int8.
-template <int kBits>
-constexpr int kParts = kBits == 8 ? 2 : 1;
+// Which of the two the flags of the file allow. A test compiles AVX-VNNI's files for the AVX-512 encoding of vpdpbusd.
+#if defined(__AVXVNNI__) || defined(__AVX512VNNI__)
+constexpr bool kDotProducts = true;
 
-template <int kPart, int kBits>
-LOWBIT_INLINE __m256i code_part(__m256i codes) {
-  if constexpr (kBits < 8) return codes;
-  return _mm256_and_si256(kPart ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
+// sums += the products of 4 unsigned codes and 4 signed digits in each lane of 32 bits, in place. As asm because gcc 12
+// copies every accumulator of an unrolled loop into a second register and back around the intrinsic.
+LOWBIT_INLINE void add_products(__m256i& sums, __m256i codes, __m256i digits) {
+#if defined(__AVXVNNI__)
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(codes), "x"(digits));
+#else
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(digits));
+#endif
+}
+
+// total + weight * sums.
+LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums, int weight) {
+  return _mm256_add_epi32(total, weight == 1 ? sums : _mm256_slli_epi32(sums, __builtin_ctz(weight)));
+}
+#else
+constexpr bool kDotProducts = false;
+
+// sums += the products of 2 unsigned codes and 2 signed digits in each lane of 16 bits, in place.
+LOWBIT_INLINE void add_products(__m256i& sums, __m256i codes, __m256i digits) {
+  sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, digits));
 }
 
 // total + weight * (the 16-bit sums in pairs).
 LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums, int weight) {
   return _mm256_add_epi32(total, _mm256_madd_epi16(sums, _mm256_set1_epi16(int16_t(weight))));
+}
+#endif
+
+// Codes as they can be multiplied without saturating: one part, or the two nibbles of int8.
+template <int kBits>
+constexpr int kParts = kBits == 8 && !kDotProducts ? 2 : 1;
+
+template <int kPart, int kBits>
+LOWBIT_INLINE __m256i code_part(__m256i codes) {
+  if constexpr (kParts<kBits> == 1) return codes;
+  return _mm256_and_si256(kPart ? _mm256_srli_epi16(codes, 4) : codes, _mm256_set1_epi8(15));
 }
 
 // ---- few tokens: rows ----
@@ -77,7 +106,7 @@ struct Block {
   // Checked at every node of the tree, so that the last block of a row costs what it holds; always true before it.
   LOWBIT_INLINE static bool stored(const Operands& o, int plane) { return o.plane + plane < o.planes; }
 
-  // 16-bit sums of the pieces [i, kPieces) of a leaf, for every part and digit.
+  // Sums of the pieces [i, kPieces) of a leaf, for every part and digit.
   template <int kPiece, int i>
   LOWBIT_INLINE static void add_pieces(const Operands& o, __m256i (&high)[kParts<kBits>][kTokens],
                                        __m256i (&low)[kParts<kBits>][kTokens]) {
@@ -89,8 +118,8 @@ struct Block {
         const __m256i dl = load32(o.low[t] + piece * 32), dh = kTwoDigits ? load32(o.high[t] + piece * 32) : dl;
         for (int p = 0; p < kParts<kBits>; p++) {
           const __m256i part = p ? code_part<1, kBits>(codes) : code_part<0, kBits>(codes);
-          if (kTwoDigits) high[p][t] = _mm256_add_epi16(high[p][t], _mm256_maddubs_epi16(part, dh));
-          low[p][t] = _mm256_add_epi16(low[p][t], _mm256_maddubs_epi16(part, dl));
+          if (kTwoDigits) add_products(high[p][t], part, dh);
+          add_products(low[p][t], part, dl);
         }
       }
       add_pieces<kPiece, i + 1>(o, high, low);
@@ -243,7 +272,7 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
                   float* out, int64_t out_stride) {
   constexpr int R = kTileRows;
   constexpr int64_t kStage = kTileCodes<kBits, kChunk>, kRun = kChunk < kStage ? kChunk : kStage;
-  constexpr int kSum = kChunk < 32 ? kChunk : 32;  // columns whose products 16 bits can hold
+  constexpr int kSum = int(kDotProducts ? kRun : kRun < 32 ? kRun : 32);  // columns whose products the lanes can hold
   alignas(32) uint8_t codes[kParts<kBits>][R][kStage];
   alignas(32) float slots[kSlots][R][kLanes];
   alignas(32) float scales[R][kSlots];
@@ -280,8 +309,8 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
                 int32_t four_codes;
                 memcpy(&four_codes, code + r * kStage + i, 4);
                 const __m256i four = _mm256_set1_epi32(four_codes);
-                if (kTwoDigits) h[r] = _mm256_add_epi16(h[r], _mm256_maddubs_epi16(four, dh));
-                l[r] = _mm256_add_epi16(l[r], _mm256_maddubs_epi16(four, dl));
+                if (kTwoDigits) add_products(h[r], four, dh);
+                add_products(l[r], four, dl);
               }
             }
             for (int r = 0; r < R; r++) {

@@ -7,57 +7,73 @@
 #include <string>
 
 #include "api/status.h"
+#include "dispatch/features.h"
 
 namespace lowbit {
 namespace {
 
-struct Feature {
+#define AVX2 "avx2 fma f16c"
+#define AVX512VNNI AVX2 " avx512f avx512bw avx512vl avx512dq avx512vbmi avx512vnni"
+struct Level {
   const char* name;
-  bool present;
+  const char* features;  // that its kernels use
 };
-
-#if defined(__x86_64__)
-// __builtin_cpu_supports asks cpuid and, for AVX registers, xgetbv: a CPU whose kernel does not save zmm says no.
-#define FEATURE(name) Feature{name, __builtin_cpu_supports(name) != 0}
-const Feature* features() {
-  static const Feature list[] = {
-      FEATURE("avx2"),       FEATURE("fma"),      FEATURE("f16c"),       FEATURE("avx512f"),    FEATURE("avx512bw"),
-      FEATURE("avx512vl"),   FEATURE("avx512dq"), FEATURE("avx512vbmi"), FEATURE("avx512vnni"), FEATURE("avx512bf16"),
-      FEATURE("avx512fp16"), FEATURE("avxvnni"),  FEATURE("amx-int8"),   {nullptr, false}};
-  return list;
-}
-#undef FEATURE
-#else
-const Feature* features() {
-  static const Feature list[] = {{nullptr, false}};
-  return list;
-}
-#endif
-
-bool have(const char* name) {
-  for (const Feature* f = features(); f->name; f++)
-    if (!strcmp(f->name, name)) return f->present;
-  return false;
-}
-
-constexpr const char* kNames[] = {"ref", "avx2", "avx512vnni"};
-constexpr int kLevels = 3;
+constexpr Level kLevels[] = {{"ref", ""},
+                             {"avx2", AVX2},
+                             {"avxvnni", AVX2 " avxvnni"},
+                             {"avx512vnni", AVX512VNNI},
+                             {"amx", AVX512VNNI " amx-tile amx-int8"}};
+#undef AVX2
+#undef AVX512VNNI
+constexpr int kLevelCount = sizeof kLevels / sizeof kLevels[0];
+static_assert(kLevelCount == int(Isa::amx) + 1, "one level for each Isa");
 constexpr int kAuto = -1;
 
 std::atomic<int> forced{kAuto};
 std::atomic<bool> environment_invalid{false};
 std::once_flag environment_read;
 
+// What this machine lacks for a level, in words; "" if nothing.
+std::string find_missing(Isa isa) {
+  std::string lacking;
+  for (const char* at = kLevels[int(isa)].features; *at;) {
+    const std::string feature(at, strcspn(at, " "));
+    if (!cpu_has(feature.c_str())) lacking += " " + feature;
+    at += feature.size();
+    at += strspn(at, " ");
+  }
+  if (!lacking.empty()) return "the CPU lacks" + lacking;
+  if (isa != Isa::amx || !*tiles_refused()) return "";
+  return std::string("the CPU has AMX, but the system refuses its tiles: ") + tiles_refused();
+}
+
+// Found once; AMX apart, because a process that is held to less does not ask for its tiles.
+const std::string& missing(Isa isa) {
+  if (isa == Isa::amx) {
+    static const std::string text = find_missing(Isa::amx);
+    return text;
+  }
+  static const std::string texts[] = {find_missing(Isa::ref), find_missing(Isa::avx2), find_missing(Isa::avxvnni),
+                                      find_missing(Isa::avx512vnni)};
+  return texts[int(isa)];
+}
+
+int level_named(const char* name) {
+  for (int i = 0; i < kLevelCount; i++)
+    if (!strcmp(name, kLevels[i].name)) return i;
+  return -1;
+}
+
 lowbit_status parse(const char* name, int* level) {
   if (!strcmp(name, "auto")) return *level = kAuto, LOWBIT_OK;
-  for (int i = 0; i < kLevels; i++)
-    if (!strcmp(name, kNames[i])) {
-      if (i > int(machine_isa()))
-        return fail(LOWBIT_UNSUPPORTED, "isa %s: this machine offers at most %s (%s)", name, isa_name(machine_isa()),
-                    lowbit_cpu_features());
-      return *level = i, LOWBIT_OK;
-    }
-  return fail(LOWBIT_INVALID_ARGUMENT, "isa: expected auto, ref, avx2 or avx512vnni, got \"%.40s\"", name);
+  const int i = level_named(name);
+  if (i < 0)
+    return fail(LOWBIT_INVALID_ARGUMENT, "isa: expected auto, ref, avx2, avxvnni, avx512vnni or amx, got \"%.40s\"",
+                name);
+  if (!offered(Isa(i)))
+    return fail(LOWBIT_UNSUPPORTED, "isa %s: not offered by this machine, whose best is %s: %s", name,
+                isa_name(machine_isa()), missing(Isa(i)).c_str());
+  return *level = i, LOWBIT_OK;
 }
 
 void read_environment() {
@@ -69,17 +85,18 @@ void read_environment() {
 
 }  // namespace
 
+bool offered(Isa isa) { return missing(isa).empty(); }
+
 Isa machine_isa() {
   static const Isa best = [] {
-    const bool avx2 = have("avx2") && have("fma") && have("f16c");
-    const bool avx512 = avx2 && have("avx512f") && have("avx512bw") && have("avx512vl") && have("avx512dq") &&
-                        have("avx512vbmi") && have("avx512vnni");
-    return avx512 ? Isa::avx512vnni : avx2 ? Isa::avx2 : Isa::ref;
+    int level = kLevelCount - 1;
+    while (level > 0 && !offered(Isa(level))) level--;
+    return Isa(level);
   }();
   return best;
 }
 
-const char* isa_name(Isa isa) { return kNames[int(isa)]; }
+const char* isa_name(Isa isa) { return kLevels[int(isa)].name; }
 
 lowbit_status allowed_isa(Isa* isa) {
   std::call_once(environment_read, read_environment);
@@ -114,13 +131,10 @@ const char* lowbit_isa(void) {
   return lowbit::allowed_isa(&isa) == LOWBIT_OK ? lowbit::isa_name(isa) : "invalid";
 }
 
-const char* lowbit_cpu_features(void) {
-  static const std::string text = [] {
-    std::string list;
-    for (const lowbit::Feature* f = lowbit::features(); f->name; f++)
-      if (f->present) list += (list.empty() ? "" : " ") + std::string(f->name);
-    return list;
-  }();
-  return text.c_str();
+const char* lowbit_isa_missing(const char* isa) {
+  const int level = isa ? lowbit::level_named(isa) : -1;
+  return level < 0 ? nullptr : lowbit::missing(lowbit::Isa(level)).c_str();
 }
+
+const char* lowbit_cpu_features(void) { return lowbit::cpu_features(); }
 }

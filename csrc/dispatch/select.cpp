@@ -36,7 +36,7 @@ thread_local const char* last_kernel[kVerbCount] = {"", "", "", "", "", ""};
 
 const Row* find(Verb verb, int bits, Isa isa) {
   for (const Row& row : kTable)
-    if (row.verb == verb && row.bits == bits && row.isa <= isa) return &row;
+    if (row.verb == verb && row.bits == bits && row.isa <= isa && offered(row.isa)) return &row;
   return nullptr;  // unreachable for valid formats: `ref` closes every list
 }
 
@@ -68,11 +68,13 @@ template lowbit_status select<Verb::store>(int, StoreKernel*);
 template lowbit_status select<Verb::solve>(int, SolveKernel*);
 template lowbit_status select<Verb::bags>(int, BagsKernel*);
 
-// Below this many tokens the idle lanes of a tile cost more than row kernels do (measured crossover: 11 to 13).
-constexpr int64_t kTileTokens = 12;
+// Below so many tokens the idle lanes of a tile cost more than row kernels do. 12 is measured (a crossover at 11 to 13).
+// AMX's 6 is an estimate from the instructions: a tile's products, sums and decoding take the time of about 3 tokens of
+// the row kernel out of the caches, and as long as rows come from memory it is bound by that up to about 6.
+int64_t tile_tokens(Isa isa) { return isa == Isa::amx ? kLeastTileTokens : 12; }
 
-Activations::Layout select_layout(int64_t tokens) {
-  return tokens >= kTileTokens ? Activations::kTiles : Activations::kRows;
+Activations::Layout select_layout(int64_t tokens, Isa isa) {
+  return tokens >= tile_tokens(isa) ? Activations::kTiles : Activations::kRows;
 }
 
 }  // namespace lowbit
@@ -81,7 +83,7 @@ extern "C" {
 
 const char* lowbit_kernel_name(int index, int* runnable) {
   if (index < 0 || index >= lowbit::kRows) return nullptr;
-  if (runnable) *runnable = lowbit::kTable[index].isa <= lowbit::machine_isa();
+  if (runnable) *runnable = lowbit::offered(lowbit::kTable[index].isa);
   return lowbit::kTable[index].name;
 }
 

@@ -40,7 +40,9 @@ struct KernelOf<Verb::bags> {
 template <Verb V>
 lowbit_status select(int bits, typename KernelOf<V>::Type* kernel);
 
-// The layout that the activations of a product take: tiles of 16 tokens from kTileTokens tokens on.
-Activations::Layout select_layout(int64_t tokens);
+// The number of tokens from which the activations of a product lie as tiles of 16 tokens, and the layout that follows.
+int64_t tile_tokens(Isa isa);
+Activations::Layout select_layout(int64_t tokens, Isa isa);
+constexpr int64_t kLeastTileTokens = 6;  // tile_tokens of any level
 
 }  // namespace lowbit

@@ -423,6 +423,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cpu_features", [] { return std::string(lowbit_cpu_features()); });
   m.def("isa", [] { return std::string(lowbit_isa()); });
   m.def("set_isa", [](const std::string& isa) { raise(lowbit_set_isa(isa.c_str())); }, py::arg("isa"));
+  m.def(
+      "isa_missing",
+      [](const std::string& isa) -> std::optional<std::string> {
+        const char* reason = lowbit_isa_missing(isa.c_str());
+        return reason ? std::optional<std::string>(reason) : std::nullopt;
+      },
+      py::arg("isa"));
+  m.def("matmul_batching", [] {
+    int64_t batch = 0, tiles_from = 0;
+    raise(lowbit_matmul_batching(&batch, &tiles_from));
+    return std::make_tuple(batch, tiles_from);
+  });
   m.def("kernels", [] {
     std::vector<std::pair<std::string, bool>> rows;
     int runnable = 0;

@@ -21,8 +21,10 @@ _ISA_NAMES = {
     "avx512vbmi": "VBMI",
     "avx512vnni": "VNNI",
     "avx512bf16": "BF16",
-    "amx_int8": "AMX",
+    "avxvnni": "AVX-VNNI",
+    "amx-int8": "AMX",
 }
+_BESIDE_AVX512 = ("AVX2", "AVX-VNNI")  # go without saying
 
 
 def examine() -> dict[str, Any]:
@@ -53,7 +55,9 @@ def summary(facts: dict[str, Any]) -> str:
     features = native["cpu_features"].split()
     names = [name for feature, name in _ISA_NAMES.items() if feature in features]
     if "AVX-512" in names:
-        names.remove("AVX2")
+        names = [name for name in names if name not in _BESIDE_AVX512]
+    if native["amx_refused"]:
+        names.remove("AMX")
     forced = f" (held to {native['isa']} by LOWBIT_ISA)" if native["forced_isa"] else ""
     threads = native["threads"]
     return " · ".join(
@@ -70,28 +74,21 @@ def _native() -> dict[str, Any]:
         import torch  # noqa: F401  before _C: its OpenMP runtime is the one to share
 
         from lowbit import _C
-        from lowbit.abi import FORMATS
 
         if _C.isa() == "invalid":
             _C.set_isa(os.environ["LOWBIT_ISA"])  # raises what every verb would
-        verbs = {
-            "activations": {"any": 0},
-            "matmul": FORMATS,
-            "gather": FORMATS,
-            "bags": FORMATS,
-            "store": {"any": 0},
-            "solve": {"any": 0},
-        }
+        features = _C.cpu_features()
         return {
             "library": _C.__file__,
             "version": _C.__version__,
             "compiler": _C.compiler,
-            "cpu_features": _C.cpu_features(),
+            "cpu_features": features,
+            "amx_refused": (_C.isa_missing("amx") if "amx-int8" in features.split() else None) or "",
             "isa": _C.isa(),
             "forced_isa": os.environ.get("LOWBIT_ISA"),
             "kernels": {
                 verb: {name: _C.selected_kernel(verb, bits) for name, bits in formats.items()}
-                for verb, formats in verbs.items()
+                for verb, formats in _verbs().items()
             },
             "table": [{"name": name, "runnable": runnable} for name, runnable in _C.kernels()],
             "threads": _C.threads(),
@@ -101,6 +98,67 @@ def _native() -> dict[str, Any]:
     # finding.
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def kernel_choices() -> dict[str, Any]:
+    """Why each verb runs the CPU kernel it runs.
+
+    "kernels": a dict for each verb and format: "verb", "format", "kernel" (the one selected) and "rows", every row of
+    the table for them, best first: "name" and "why", "" for the selected one, else why it is not.
+    "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", the number from
+    which activations lie as tiles of 16 tokens; below it as rows.
+    """
+    import torch  # noqa: F401  before _C, see above
+
+    from lowbit import _C
+
+    table = [name for name, _ in _C.kernels()]
+    choices = []
+    for verb, formats in _verbs().items():
+        for name, bits in formats.items():
+            selected = _C.selected_kernel(verb, bits)
+            rows = [row for row in table if _stem(row) == _stem(selected)]
+            choices.append(
+                {
+                    "verb": verb,
+                    "format": name,
+                    "kernel": selected,
+                    "rows": [{"name": row, "why": _why_not(row, selected, rows)} for row in rows],
+                }
+            )
+    batch, tiles_from = _C.matmul_batching()
+    return {"kernels": choices, "matmul_tokens": {"batch": batch, "tiles_from": tiles_from}}
+
+
+def _verbs() -> dict[str, dict[str, int]]:
+    from lowbit.abi import FORMATS
+
+    return {
+        "activations": {"any": 0},
+        "matmul": FORMATS,
+        "gather": FORMATS,
+        "bags": FORMATS,
+        "store": {"any": 0},
+        "solve": {"any": 0},
+    }
+
+
+def _stem(kernel: str) -> str:
+    return kernel.partition("__")[0]
+
+
+def _why_not(row: str, selected: str, rows: list[str]) -> str:
+    from lowbit import _C
+
+    if row == selected:
+        return ""
+    missing = _C.isa_missing(row.partition("__")[2])
+    if missing:
+        return missing
+    if rows.index(row) > rows.index(selected):
+        return "a better one is selected"
+    by = f"LOWBIT_ISA={os.environ['LOWBIT_ISA']}" if os.environ.get("LOWBIT_ISA") else f"the level {_C.isa()}"
+    return f"forced off by {by}"
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str | None]:
@@ -174,6 +232,8 @@ def _warnings(facts: dict[str, Any]) -> list[str]:
     native = facts["native"]
     if "error" in native:
         warnings.append(f"the native library cannot be used: {native['error']}")
+    elif native["amx_refused"]:
+        warnings.append(native["amx_refused"])
     if len(facts["openmp"]) > 1:
         warnings.append(
             f"{len(facts['openmp'])} OpenMP runtimes in one process, whose thread pools compete for the same "

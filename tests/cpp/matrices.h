@@ -78,7 +78,7 @@ inline std::string format_name(int bits) { return bits == lowbit::kTrit ? "trit"
 // Instruction sets of this machine, each forced in turn.
 inline std::vector<const char*> machine_isas() {
   std::vector<const char*> list;
-  for (const char* isa : {"ref", "avx2", "avx512vnni"})
+  for (const char* isa : {"ref", "avx2", "avxvnni", "avx512vnni", "amx"})
     if (lowbit_set_isa(isa) == LOWBIT_OK) list.push_back(isa);
   lowbit_set_isa("auto");
   return list;

@@ -209,6 +209,12 @@ int main() {
   }
 
   REFUSED(lowbit_set_isa("sse9"), bad, "isa");
+  CHECK(!lowbit_isa_missing("sse9") && !lowbit_isa_missing(nullptr), "levels that there are not");
+  CHECK(!strcmp(lowbit_isa_missing("ref"), ""), "%s", lowbit_isa_missing("ref"));
+  int64_t batch = 0, tiles_from = 0;
+  REFUSED(lowbit_matmul_batching(nullptr, &tiles_from), bad, "batch");
+  CHECK(lowbit_matmul_batching(&batch, &tiles_from) == LOWBIT_OK && 1 < tiles_from && tiles_from < batch,
+        "batches of %ld, tiles from %ld", long(batch), long(tiles_from));
   REFUSED(lowbit_set_threads(-1), bad, "threads");
 
   // One thread and several: the same bits, for a matrix large enough to be split.

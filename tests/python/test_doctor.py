@@ -34,6 +34,64 @@ def test_this_machine():
     json.dumps(facts)
 
 
+@pytest.fixture
+def isa():
+    yield _C.set_isa
+    _C.set_isa("auto")
+
+
+def test_kernel_choices_of_this_machine():
+    choices = doctor.kernel_choices()
+    names = [name for name, _ in _C.kernels()]
+    assert sorted(names) == sorted({row["name"] for choice in choices["kernels"] for row in choice["rows"]})
+    for choice in choices["kernels"]:
+        (selected,) = [row["name"] for row in choice["rows"] if not row["why"]]
+        assert selected == choice["kernel"]
+        for row in choice["rows"]:
+            missing = _C.isa_missing(row["name"].partition("__")[2])
+            assert missing == "" or row["why"] == missing
+    assert choices["matmul_tokens"] == dict(zip(("batch", "tiles_from"), _C.matmul_batching(), strict=True))
+
+
+def test_kernel_choices_in_words(isa, monkeypatch):
+    """Every reason, on a machine that has AVX2 and AVX-512 but neither AVX-VNNI nor the tiles of AMX."""
+    missing = {"avxvnni": "the CPU lacks avxvnni", "amx": "the CPU has AMX, but the system refuses its tiles: no"}
+    monkeypatch.setattr(_C, "isa_missing", lambda level: missing.get(level, ""))
+    monkeypatch.delenv("LOWBIT_ISA", raising=False)
+
+    def reasons():
+        (choice,) = [c for c in doctor.kernel_choices()["kernels"] if (c["verb"], c["format"]) == ("matmul", "int4")]
+        return {row["name"].partition("__")[2]: row["why"] for row in choice["rows"]}
+
+    isa("ref")
+    assert reasons() == missing | {
+        "ref": "",
+        "avx2": "forced off by the level ref",
+        "avx512vnni": "forced off by the level ref",
+    }
+    monkeypatch.setenv("LOWBIT_ISA", "ref")
+    assert reasons()["avx512vnni"] == "forced off by LOWBIT_ISA=ref"
+    monkeypatch.setattr(_C, "selected_kernel", lambda verb, bits: f"int{bits}_matmul__avx2" if bits > 1 else "")
+    assert reasons()["ref"] == "a better one is selected"
+
+
+def test_levels():
+    assert _C.isa_missing("ref") == "" and _C.isa_missing("avx9") is None
+    for name, runnable in _C.kernels():
+        assert (_C.isa_missing(name.partition("__")[2]) == "") == runnable
+
+
+def test_tiles_that_the_system_refuses():
+    facts = doctor.examine()
+    reason = "the CPU has AMX, but the system refuses its tiles: no"
+    facts["native"] |= {"cpu_features": "avx512f amx-tile amx-int8", "amx_refused": reason, "forced_isa": None}
+    assert reason in doctor._warnings(facts)
+    assert "AMX" not in doctor.summary(facts)
+    facts["native"]["amx_refused"] = ""
+    assert reason not in doctor._warnings(facts)
+    assert doctor.summary(facts).startswith("AVX-512 AMX ·")
+
+
 def test_one_openmp_runtime_in_this_process():
     torch.ones(8).sum()
     assert len(doctor.openmp_runtimes(doctor.Path("/proc/self/maps"))) == 1
@@ -124,6 +182,17 @@ def test_command(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert _C.selected_kernel("matmul", 4) in out and "\x1b[" not in out
+
+
+def test_command_kernels(capsys):
+    assert main(["doctor", "--kernels", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["choices"] == doctor.kernel_choices()
+    assert main(["doctor", "--kernels"]) == 0
+    out = capsys.readouterr().out
+    for name, _ in _C.kernels():
+        assert name in out
+    batch, tiles_from = _C.matmul_batching()
+    assert f"1 to {tiles_from - 1} tokens lie as rows" in out and f"at most {batch} tokens" in out
 
 
 @pytest.mark.parametrize("isa, code", [("ref", 0), ("avx9", 1)])

@@ -11,7 +11,8 @@ from lowbit.abi import FORMATS
 from lowbit.matrix import perm_from_g_idx
 
 INTEGER_FORMATS = [name for name in FORMATS if name != "trit"]
-ISAS = [isa for isa in ("ref", "avx2", "avx512vnni") if any(n.endswith(isa) and ok for n, ok in _C.kernels())]
+LEVELS = ("ref", "avx2", "avxvnni", "avx512vnni", "amx")
+ISAS = [isa for isa in LEVELS if any(n.endswith(f"__{isa}") and ok for n, ok in _C.kernels())]
 
 
 def random_matrix(rows, cols, format, group_size=-1, *, zeros=False, perm=False, scale_dtype=torch.float16, seed=0):

@@ -145,6 +145,10 @@ LOWBIT_API lowbit_status lowbit_unpack(const lowbit_matrix* w, int64_t row_begin
 /* Bytes of scratch that lowbit_matmul needs for `tokens` tokens, 64-byte aligned. */
 LOWBIT_API size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_activations activations);
 
+/* How lowbit_matmul takes tokens at the allowed level: at most *batch at a time, whose activations lie as tiles of 16
+ * tokens from *tiles_from tokens on, and as rows below. */
+LOWBIT_API lowbit_status lowbit_matmul_batching(int64_t* batch, int64_t* tiles_from);
+
 /* y[m][n] = sum_k x[m][k] * W[n][k] + bias[n]; x [tokens][cols], y [tokens][rows] of the same dtype (f32, f16,
  * bf16), strides in elements; bias [rows] of any float dtype or NULL. Any tokens >= 0. workspace NULL: allocated
  * inside the call. Bit-identical for every ISA, thread count and batch size. */
@@ -301,16 +305,21 @@ LOWBIT_API lowbit_status lowbit_cuda_gptq_solve(const lowbit_cuda_queue* queue, 
 
 /* ---- the machine ---- */
 
-/* "avx2 fma avx512f avx512bw avx512vl avx512vbmi avx512vnni": what the CPU and the operating system offer. */
+/* "avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512vbmi avx512vnni": what the CPU has of what lowbit knows. */
 LOWBIT_API const char* lowbit_cpu_features(void);
 
-/* Restricts the choice of kernels: "auto", or the best level allowed: "ref", "avx2", "avx512vnni". A level this
- * machine lacks is LOWBIT_UNSUPPORTED and changes nothing. At start the environment's LOWBIT_ISA is read; if it is
- * invalid, every verb fails with its message. */
+/* Restricts the choice of kernels: "auto", or the best level allowed: "ref", "avx2", "avxvnni", "avx512vnni", "amx". A
+ * level this machine lacks is LOWBIT_UNSUPPORTED and changes nothing. At start the environment's LOWBIT_ISA is read; if
+ * it is invalid, every verb fails with its message. */
 LOWBIT_API lowbit_status lowbit_set_isa(const char* isa);
 LOWBIT_API const char* lowbit_isa(void);
 
-/* The kernel table, row by row: name as "int4_matmul__avx512vnni"; NULL past the end. runnable: features present. */
+/* Why this machine does not offer a level, "the CPU lacks avxvnni"; "" if it does, NULL if there is no such level. For
+ * "amx" the system is asked for the registers of its tiles, unless it was before: a sandbox may refuse them. */
+LOWBIT_API const char* lowbit_isa_missing(const char* isa);
+
+/* The kernel table, row by row: name as "int4_matmul__avx512vnni"; NULL past the end. runnable: its
+ * level is offered. */
 LOWBIT_API const char* lowbit_kernel_name(int index, int* runnable);
 
 /* The kernel that a verb ("matmul", "gather", "bags", "activations", "store") would use now, or did last use on this thread;

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from lowbit.cli.terminal import DebugOption, JsonOption, Terminal
 
+KernelsOption = Annotated[bool, typer.Option("--kernels", help="Every CPU kernel, and why it is not used.")]
 
-def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
+
+def doctor(kernels: KernelsOption = False, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Show what this machine and build can do.
 
     Version, compiler, CPU features, the kernels that will run, threads, OpenMP runtimes, huge pages, GPU.
     Exit code 1 when the native library cannot be used.
     """
-    from lowbit.doctor import examine
+    from lowbit.doctor import examine, kernel_choices
 
     facts = examine()
+    if kernels and "error" not in facts["native"]:
+        facts["choices"] = kernel_choices()
     terminal = Terminal(json)
     if json:
         terminal.emit(facts)
@@ -42,7 +48,9 @@ def _show(terminal: Terminal, facts: dict) -> None:
     terminal.line("openmp", ", ".join(facts["openmp"]) or "no runtime loaded")
     terminal.line("pages", f"transparent huge pages: {facts['huge_pages']}")
     terminal.line("gpu", facts["gpu"]["state"])
-    if "error" not in native:
+    if "choices" in facts:
+        _show_choices(terminal, facts["choices"])
+    elif "error" not in native:
         terminal.print()
         terminal.table(
             ("verb", "format", "kernel"),
@@ -51,3 +59,22 @@ def _show(terminal: Terminal, facts: dict) -> None:
     for warning in facts["warnings"]:
         terminal.print()
         terminal.warn(warning)
+
+
+def _show_choices(terminal: Terminal, choices: dict) -> None:
+    terminal.print()
+    terminal.table(
+        ("verb", "format", "kernel", "state"),
+        [
+            (choice["verb"], choice["format"], row["name"], row["why"] or "selected")
+            for choice in choices["kernels"]
+            for row in choice["rows"]
+        ],
+    )
+    batch, tiles_from = choices["matmul_tokens"]["batch"], choices["matmul_tokens"]["tiles_from"]
+    terminal.print()
+    terminal.line(
+        "matmul",
+        f"activations of 1 to {tiles_from - 1} tokens lie as rows, of {tiles_from} and more as tiles of 16 tokens; "
+        f"at most {batch} tokens at a time",
+    )

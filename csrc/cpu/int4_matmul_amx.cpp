@@ -1,0 +1,15 @@
+// int4 matmul, AMX: see matmul_amx.h. Few tokens go to the kernel of avx512vnni, whose rows need no tiles.
+#include "cpu/matmul_amx.h"
+
+namespace lowbit {
+
+void int4_matmul__avx512vnni(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                             int64_t out_stride);
+
+void int4_matmul__amx(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out,
+                      int64_t out_stride) {
+  if (x->layout == Activations::kRows) return int4_matmul__avx512vnni(w, x, n0, n1, out, out_stride);
+  matmul_amx<4>(w, x, n0, n1, out, out_stride);
+}
+
+}  // namespace lowbit

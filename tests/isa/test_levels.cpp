@@ -1,0 +1,195 @@
+// Levels that this machine lacks: that they are offered, forced and refused as they should be, that AMX's kernels keep the
+// tiles in order, and the numbers of tokens about the sizes of its tiles. test_kernels_of_levels has all the shapes.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+#include "matrices.h"
+#include "software_tiles.h"
+
+#include "cpu/amx_tiles.h"
+
+namespace {
+
+namespace tiles = lowbit::software_tiles;
+
+std::mt19937 random_bits(5);
+
+std::vector<float> product(const TestMatrix& w, const std::vector<float>& x, int64_t tokens, lowbit_activations mode,
+                           const char* isa) {
+  CHECK(lowbit_set_isa(isa) == LOWBIT_OK, "%s", lowbit_last_error());
+  std::vector<float> y(size_t(tokens * w.view.rows));
+  CHECK(lowbit_matmul(&w.view, x.data(), LOWBIT_F32, tokens, w.view.cols, nullptr, LOWBIT_F32, y.data(), w.view.rows,
+                      mode, nullptr, 0) == LOWBIT_OK,
+        "%s", lowbit_last_error());
+  return y;
+}
+
+void test_choice() {
+  CHECK(!strcmp(lowbit_isa_missing("amx"), ""), "%s", lowbit_isa_missing("amx"));
+  CHECK(!lowbit_isa_missing("sse9"), "%s", lowbit_isa_missing("sse9"));
+  struct {
+    const char *isa, *matmul, *gather;
+    int64_t tiles_from;
+  } const wanted[] = {{"auto", "amx", "avx512vnni", 6},
+                      {"amx", "amx", "avx512vnni", 6},
+                      {"avx512vnni", "avx512vnni", "avx512vnni", 12},
+                      {"avxvnni", "avxvnni", "avx2", 12},
+                      {"avx2", "avx2", "avx2", 12}};
+  for (const auto& level : wanted) {
+    CHECK(lowbit_set_isa(level.isa) == LOWBIT_OK, "%s", lowbit_last_error());
+    for (const int bits : {lowbit::kTrit, 2, 3, 4, 8}) {
+      const std::string matmul = lowbit_selected_kernel("matmul", lowbit_format(bits));
+      const std::string gather = lowbit_selected_kernel("gather", lowbit_format(bits));
+      CHECK(matmul == format_name(bits) + "_matmul__" + level.matmul, "%s at %s", matmul.c_str(), level.isa);
+      CHECK(gather == format_name(bits) + "_gather__" + level.gather, "%s at %s", gather.c_str(), level.isa);
+    }
+    int64_t batch = 0, tiles_from = 0;
+    CHECK(lowbit_matmul_batching(&batch, &tiles_from) == LOWBIT_OK, "%s", lowbit_last_error());
+    CHECK(batch == 256 && tiles_from == level.tiles_from, "%s: tiles from %ld", level.isa, long(tiles_from));
+  }
+}
+
+// The system keeps the tiles to itself: the level below is taken, and AMX is an error with the reason.
+void test_refused() {
+  const std::string reason = lowbit_isa_missing("amx");
+  CHECK(reason == "the CPU has AMX, but the system refuses its tiles: a test said so", "%s", reason.c_str());
+  CHECK(lowbit_set_isa("amx") == LOWBIT_UNSUPPORTED && strstr(lowbit_last_error(), reason.c_str()), "%s",
+        lowbit_last_error());
+  CHECK(!strcmp(lowbit_isa(), "avx512vnni"), "%s", lowbit_isa());
+  CHECK(!strcmp(lowbit_selected_kernel("matmul", LOWBIT_INT4), "int4_matmul__avx512vnni"), "%s",
+        lowbit_selected_kernel("matmul", LOWBIT_INT4));
+}
+
+// Tiles are used from 6 tokens on, by AMX alone, and given back after every product.
+void test_use_of_tiles() {
+  CHECK(lowbit_set_threads(1) == LOWBIT_OK, "%s", lowbit_last_error());
+  const TestMatrix w({4, 40, 1024, 128, true, false, 0, LOWBIT_F16, false}, random_bits);
+  const std::vector<float> x(64 * 1024, 1.0f);
+  auto products = [&](int64_t tokens, lowbit_activations mode, const char* isa) {
+    const int64_t before = tiles::multiplied();
+    product(w, x, tokens, mode, isa);
+    CHECK(!tiles::configured(), "%ld tokens: tiles were not released", long(tokens));
+    return tiles::multiplied() - before;
+  };
+  CHECK(products(5, LOWBIT_ACT_FLOAT, "amx") == 0, "rows use no tiles");
+  CHECK(products(16, LOWBIT_ACT_FLOAT, "avx512vnni") == 0, "only AMX uses tiles");
+  // 1024 columns are 16 products; 40 rows are 3 A tiles; one B tile a digit and 16 tokens.
+  CHECK(products(6, LOWBIT_ACT_FLOAT, "amx") == 16 * 3 * 2, "two digits");
+  CHECK(products(16, LOWBIT_ACT_INT8, "amx") == 16 * 3, "one digit");
+  CHECK(products(17, LOWBIT_ACT_INT8, "amx") == 16 * 3 * 2, "one digit, two tiles of tokens");
+  CHECK(products(33, LOWBIT_ACT_FLOAT, "amx") == 16 * 3 * 6, "two digits, three tiles of tokens");
+  CHECK(lowbit_set_threads(0) == LOWBIT_OK, "%s", lowbit_last_error());
+}
+
+void test_numbers_of_tokens() {
+  std::vector<int64_t> counts;
+  for (int64_t tokens = 1; tokens <= 18; tokens++) counts.push_back(tokens);
+  for (const int64_t tokens : {31, 32, 33, 48, 49, 64, 65, 70}) counts.push_back(tokens);
+  for (const int bits : {lowbit::kTrit, 2, 3, 4, 8})
+    for (const int64_t group : {-1, 128, 64, 32, 16}) {
+      const bool zeros = bits != lowbit::kTrit && group % 32 == 0;
+      // Rows: a block and a half of one, or one more than that. Columns: more stages than phases, the last one short.
+      const int64_t rows = group == 128 ? 49 : 37, cols = 2100;
+      const TestMatrix w({bits, rows, cols, group, zeros, group == 32, 0, LOWBIT_F16, false}, random_bits);
+      std::vector<float> x(size_t(70 * cols));
+      std::normal_distribution<float> normal;
+      for (auto& v : x) v = normal(random_bits);
+      for (const auto mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8}) {
+        const auto wanted = product(w, x, 70, mode, "ref");
+        for (const int64_t tokens : counts)
+          for (const char* isa : {"amx", "avxvnni"}) {
+            const auto got = product(w, x, tokens, mode, isa);
+            CHECK(!memcmp(got.data(), wanted.data(), got.size() * 4),
+                  "%s group %ld mode %d tokens %ld: %s differs from ref", format_name(bits).c_str(), long(group),
+                  int(mode), long(tokens), isa);
+          }
+      }
+    }
+}
+
+std::string last_fault;
+
+// That the software tiles see what they are there for.
+void test_faults() {
+  tiles::report = [](const char* fault) { last_fault = fault; };
+  auto expect = [](const char* words) {
+    CHECK(last_fault.find(words) != std::string::npos, "expected a fault about \"%s\", got \"%s\"", words,
+          last_fault.c_str());
+    last_fault.clear();
+  };
+  alignas(64) uint8_t memory[17 * 64] = {};
+  tiles::zero(0);
+  expect("without a configuration");
+  lowbit::TileShapes shapes;
+  auto set = [&](int tile, int rows, int bytes) {
+    shapes.rows[tile] = uint8_t(rows), shapes.row_bytes[tile] = uint16_t(bytes);
+  };
+  set(0, 17, 64);
+  tiles::configure(&shapes);
+  expect("more than 16 rows");
+  set(0, 16, 64), set(8, 1, 4);
+  tiles::configure(&shapes);
+  expect("ninth");
+  set(8, 0, 0), shapes.palette = 2;
+  tiles::configure(&shapes);
+  expect("palette");
+  shapes.palette = 1, shapes.reserved[3] = 1;
+  tiles::configure(&shapes);
+  expect("reserved");
+  shapes.reserved[3] = 0;
+  set(1, 16, 32), set(2, 16, 64), set(3, 8, 64);
+  tiles::configure(&shapes);
+  CHECK(last_fault.empty() && tiles::configured(), "%s", last_fault.c_str());
+  tiles::configure(&shapes);
+  expect("not released");
+  tiles::zero(7);
+  expect("leaves out");
+  tiles::load(1, memory, 64), tiles::load(2, memory, 64), tiles::load(3, memory, 64);
+  tiles::multiply(0, 1, 3);
+  expect("never written");
+  tiles::store(0, memory, 64);
+  expect("never written");
+  tiles::zero(0);
+  tiles::multiply(0, 1, 2);
+  expect("do not fit");
+  tiles::multiply(0, 1, 1);
+  expect("two operands");
+  tiles::load(2, memory + 32, 64);
+  expect("crosses");
+  // 255 * -128, 32 times: unsigned by signed.
+  memset(memory, 255, sizeof memory);
+  tiles::load(1, memory, 64);
+  memset(memory, 0x80, sizeof memory);
+  tiles::load(3, memory, 64);
+  tiles::multiply(0, 1, 3);
+  int32_t sums[16 * 16];
+  alignas(64) int32_t aligned[16 * 16];
+  tiles::store(0, aligned, 64);
+  memcpy(sums, aligned, sizeof sums);
+  for (const int32_t sum : sums) CHECK(sum == 255 * -128 * 32, "got %d", sum);
+  CHECK(last_fault.empty(), "%s", last_fault.c_str());
+  tiles::release();
+  tiles::store(0, memory, 64);
+  expect("without a configuration");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  lowbit::tiles_are_refused = count > 1 && !strcmp(arguments[1], "refused");
+  if (strcmp(lowbit_isa_missing("avx512vnni"), "")) {  // nothing here can stand in for the levels above it
+    CHECK(strstr(lowbit_isa_missing("amx"), "the CPU lacks"), "%s", lowbit_isa_missing("amx"));
+    return check::finish("levels");
+  }
+  if (lowbit::tiles_are_refused) {
+    test_refused();
+    return check::finish("levels, tiles refused");
+  }
+  test_choice();
+  test_use_of_tiles();
+  test_numbers_of_tokens();
+  test_faults();
+  return check::finish("levels");
+}
