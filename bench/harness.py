@@ -6,6 +6,9 @@ tens of milliseconds, and a read-bandwidth probe runs between any two slices. Wh
 same round. Each library runs in a process of its own (two OpenMP runtimes in one process fight over the cores) and is
 driven through a line of JSON a question over a pipe.
 
+Busy machines: what was disturbed is measured again, and if that does not help the row is marked. Rounds between which
+the machine changed its speed are never averaged in silence (disturbed(), settle()).
+
 Standard library only: the workers run it under whatever interpreter has their library.
 """
 
@@ -24,13 +27,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from budget import Budget
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 BUSY_SHARE = 0.08  # of one core, taken by other processes or by the hypervisor, above which a slice is repeated
+PROBE_SPREAD = 0.20  # (largest - smallest) / median of probes that are compared, above which the machine has drifted
 CLOCK_TICKS = 2  # /proc/stat counts ticks of 10 ms: less than this many is not evidence of anything
 PROBE_BYTES = 256 << 20
 SETTLE_SECONDS = 0.005  # thread pools spin for a few milliseconds after their last task
+WARM_UP_SECONDS = 0.25  # a call that took longer has woken all there is to wake
+SLOW_SECONDS = 1.0  # a subject whose turn takes longer gets SLOW_ROUNDS where time is short, after all the others
+SLOW_ROUNDS = 2
 
 
 # ---- statistics ----
@@ -44,18 +53,44 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def summarise(rounds: list[dict], bytes_read: int) -> dict:
-    """A row's figures from its rounds.
+def probe_spread(probes: list[float]) -> float:
+    """(largest - smallest) / median."""
+    return (max(probes) - min(probes)) / statistics.median(probes)
 
-    Each round is {"us": median of its slice, "calls": timed calls, "probe": bytes/s read around the slice, "other":
-    share of a core that others took}. Quiet rounds are preferred: busy ones count only if there is nothing else.
-    The share of the bandwidth is the median of the rounds' shares, not a quotient of medians: the probe and the
-    slice that drifted together stay together.
+
+def disturbed(measured: dict) -> bool:
+    """Whether others took CPU time during a slice, or the machine drifted between the probes before and after it."""
+    return measured["other"] > BUSY_SHARE or measured["spread"] > PROBE_SPREAD
+
+
+def settle(rounds: list[dict]) -> tuple[list[dict], bool]:
+    """(the rounds that count, whether they are to be trusted).
+
+    Of the rounds that nothing disturbed the largest set whose probes agree (within PROBE_SPREAD) counts, if that is
+    more than half of them: a machine that changed its speed halfway is one machine or the other, not their average.
+    Otherwise all of them count (the disturbed ones only if there is nothing else), and the row must be marked.
+    """
+    calm = sorted((r for r in rounds if not disturbed(r)), key=lambda r: r["probe"])
+    best: list[dict] = []
+    for first in range(len(calm)):
+        for last in range(first + len(best), len(calm)):
+            window = calm[first : last + 1]
+            if probe_spread([r["probe"] for r in window]) <= PROBE_SPREAD:
+                best = window
+    return (best, True) if 2 * len(best) > len(calm) else (calm or rounds, False)
+
+
+def summarise(rounds: list[dict], bytes_read: int) -> dict:
+    """A row's figures from those of its rounds that settle() lets count; "quiet": False marks it as not to be trusted.
+
+    Each round is {"us": median of its slice, "calls": timed calls, "probe": bytes/s read around the slice, "spread": of
+    the probes before and after it, "other": share of a core that others took}. The share of the bandwidth is the
+    median of the rounds' shares, not a quotient of medians: the probe and the slice that drifted together stay
+    together.
     """
     if not rounds:
         raise ValueError("rounds: expected at least one, got none")
-    quiet = [r for r in rounds if r["other"] <= BUSY_SHARE]
-    used = quiet or rounds
+    used, quiet = settle(rounds)
     times = [r["us"] for r in used]
     return {
         "us": statistics.median(times),
@@ -64,10 +99,11 @@ def summarise(rounds: list[dict], bytes_read: int) -> dict:
         "calls": sum(r["calls"] for r in used),
         "rounds_used": len(used),
         "rounds": len(rounds),
-        "quiet": bool(quiet),
+        "quiet": quiet,
         "bytes": bytes_read,
         "gbps": statistics.median(bytes_read / r["us"] for r in used) * 1e-3,
         "probe_gbps": statistics.median(r["probe"] for r in used) * 1e-9,
+        "probe_spread": round(max([probe_spread([r["probe"] for r in used]), *(r["spread"] for r in used)]), 3),
         "share": statistics.median(bytes_read / (r["us"] * 1e-6) / r["probe"] for r in used),
     }
 
@@ -137,8 +173,21 @@ def commit() -> dict:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
-def document(bench: str, settings: dict, versions: dict, not_installed: dict, rows: list[dict], probe: dict) -> dict:
-    """The result file's contents; table.py and compare.py read this."""
+def document(
+    bench: str,
+    settings: dict,
+    versions: dict,
+    not_installed: dict,
+    rows: list[dict],
+    probe: dict,
+    *,
+    left_out: list[dict] | None = None,
+    multiply_gops: dict | None = None,
+) -> dict:
+    """The result file's contents; table.py, compare.py and plot.py read this.
+
+    left_out: what there was no time for, as rows are described. multiply_gops: of the vector units, by type.
+    """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
         "schema": SCHEMA,
@@ -150,6 +199,8 @@ def document(bench: str, settings: dict, versions: dict, not_installed: dict, ro
         "versions": versions,
         "not_installed": not_installed,
         "probe_gbps": probe,
+        "multiply_gops": multiply_gops or {},
+        "left_out": left_out or [],
         "rows": rows,
     }
 
@@ -179,6 +230,14 @@ def read_bandwidth(threads: int) -> float:
     from lowbit import _C
 
     return _C.read_bandwidth(PROBE_BYTES, threads) * 1e9
+
+
+def multiply_rates(threads: int) -> dict[str, float]:
+    """10^9 operations a second that the vector units do on registers alone, by type; without those they lack."""
+    from lowbit import _C
+
+    rates = {kind: _C.multiply_rate(kind, threads) for kind in ("int8", "bf16")}
+    return {kind: round(rate, 1) for kind, rate in rates.items() if rate > 0}
 
 
 # ---- other people's use of the CPUs ----
@@ -274,11 +333,15 @@ def serve(handlers: dict[str, Callable]) -> None:
 def time_slice(calls: list[Callable], position: int, seconds: float, warm_up: int) -> tuple[list[float], int]:
     """Times `calls` one by one, round robin from `position`, for `seconds` and at least one call.
 
-    Returns the seconds of each timed call and the position to go on from.
+    Before that, `warm_up` calls, or as many as take WARM_UP_SECONDS. Returns the seconds of each timed call and the
+    position to go on from.
     """
+    begin = time.perf_counter()
     for _ in range(warm_up):
         calls[position % len(calls)]()
         position += 1
+        if time.perf_counter() - begin > WARM_UP_SECONDS:
+            break
     taken = []
     end = time.perf_counter() + seconds
     while True:
@@ -297,31 +360,83 @@ def alternate(
     rounds: int,
     probe: Callable[[], float],
     retries: int = 2,
+    budget: Budget | None = None,
+    expected: dict[str, float] | None = None,
 ) -> dict[str, list[dict]]:
-    """Gives every subject a slice in each of `rounds` rounds, the probe between any two.
+    """Gives every subject a slice in each of `rounds` rounds, the probe between any two, and then up to as many again
+    to those whose rounds do not settle().
 
-    slices: subject -> its worker and its slice, which returns the seconds of each call. A slice that others disturbed
-    is repeated up to `retries` times and the quietest attempt counts. Returns the rounds of each subject, as
-    summarise() reads them; a subject whose slice raised WorkerError has {"failure": its message} as its only round.
+    slices: subject -> its worker and its slice, which returns the seconds of each call. A slice that was disturbed is
+    repeated up to `retries` times and the quietest attempt counts. With a budget rounds end when its time is up. Quick
+    subjects take their turns first (expected: subject -> seconds of a turn, brought up to date here), those slower than
+    SLOW_SECONDS get SLOW_ROUNDS after the others have had theirs, and one whose first turn would not fit is left out.
+
+    Returns the rounds of each subject, as summarise() reads them. A subject whose slice raised WorkerError has
+    {"failure": its message} as its only round, one that was left out {"left_out": the reason}.
     """
-    results: dict[str, list[dict]] = {name: [] for name in slices}
-    before = probe()
-    for _ in range(rounds):
-        for name, (worker, run) in slices.items():
-            if results[name] and "failure" in results[name][0]:
-                continue
-            attempts: list[dict] = []
-            try:
-                while not attempts or (attempts[-1]["other"] > BUSY_SHARE and len(attempts) <= retries):
-                    measured = _measure(worker, run)
-                    time.sleep(SETTLE_SECONDS)
-                    after = probe()
-                    attempts.append({**measured, "probe": (before + after) / 2})
-                    before = after
-                results[name].append(min(attempts, key=lambda attempt: attempt["other"]))
-            except WorkerError as failure:
-                results[name] = [{"failure": str(failure)}]
-    return results
+    budget = budget or Budget()
+    turns = _Turns(slices, probe, retries, budget, {} if expected is None else expected)
+    order = sorted(slices, key=lambda name: turns.seconds.get(name, 0.0))
+    for name in order:
+        if budget.left() <= turns.seconds.get(name, 0.0):
+            turns.results[name] = [{"left_out": f"no time left for a turn of {turns.seconds.get(name, 0.0):.1f} s"}]
+        else:
+            turns.take(name)
+    slow = [name for name in order if budget.limited and turns.seconds.get(name, 0.0) > SLOW_SECONDS]
+    quick = [name for name in order if name not in slow]
+    for names, more in ((quick, rounds - 1), (slow, SLOW_ROUNDS - 1)):
+        for _ in range(more):
+            turns.round(names)
+        for _ in range(rounds if names is quick else 1):
+            turns.round([name for name in names if not turns.settled(name)])
+    return turns.results
+
+
+def was_measured(rounds: list[dict]) -> bool:
+    """Whether a subject's rounds are rounds, not the reason why there are none."""
+    return rounds[0].keys().isdisjoint(("failure", "left_out"))
+
+
+class _Turns:
+    """The turns of one alternation: what they gave, and the seconds that the last one of each subject took."""
+
+    def __init__(self, slices: dict, probe: Callable[[], float], retries: int, budget: Budget, seconds: dict):
+        self.slices, self.probe, self.retries, self.budget, self.seconds = slices, probe, retries, budget, seconds
+        self.results: dict[str, list[dict]] = {name: [] for name in slices}
+        self.before = probe()
+
+    def over(self, name: str) -> bool:
+        return bool(self.results[name]) and not was_measured(self.results[name])
+
+    def settled(self, name: str) -> bool:
+        return self.over(name) or settle(self.results[name])[1]
+
+    def round(self, names: list[str]) -> None:
+        """A turn for each, if there is time for all of them: a row's rounds are those of its neighbours, too."""
+        names = [name for name in names if not self.over(name)]
+        if sum(self.seconds[name] for name in names) <= self.budget.left():
+            for name in names:
+                self.take(name)
+
+    def take(self, name: str) -> None:
+        worker, run = self.slices[name]
+        attempts: list[dict] = []
+        start = time.monotonic()
+        try:
+            while not attempts or (disturbed(attempts[-1]) and len(attempts) <= self.retries):
+                begin = time.monotonic()
+                measured = _measure(worker, run)
+                time.sleep(SETTLE_SECONDS)
+                after = self.probe()
+                spread = round(probe_spread([self.before, after]), 3)
+                attempts.append({**measured, "probe": (self.before + after) / 2, "spread": spread})
+                self.before = after
+                if self.budget.left() < time.monotonic() - begin:
+                    break
+            self.results[name].append(min(attempts, key=lambda attempt: attempt["other"] + attempt["spread"]))
+        except WorkerError as failure:
+            self.results[name] = [{"failure": str(failure)}]
+        self.seconds[name] = (time.monotonic() - start) / max(1, len(attempts))
 
 
 def _measure(worker: Worker, run: Callable[[], list[float]]) -> dict:

@@ -33,8 +33,8 @@ def worker(tmp_path):
         yield started
 
 
-def slice_round(us: float, probe: float = 1e10, other: float = 0.0) -> dict:
-    return {"us": us, "calls": 3, "probe": probe, "other": other}
+def slice_round(us: float, probe: float = 1e10, other: float = 0.0, spread: float = 0.0) -> dict:
+    return {"us": us, "calls": 3, "probe": probe, "other": other, "spread": spread}
 
 
 # ---- statistics ----
@@ -51,13 +51,14 @@ def test_quantile_of_nothing():
 
 
 def test_share_pairs_each_slice_with_the_probe_beside_it():
-    # The machine halved its speed for two rounds: time and probe drift together, the share does not.
-    rounds = [slice_round(100, 1e10), slice_round(200, 0.5e10), slice_round(200, 0.5e10)]
+    # The machine slowed a little for two rounds: time and probe drift together, the share does not.
+    rounds = [slice_round(100, 1e10), slice_round(110, 1e10 / 1.1), slice_round(110, 1e10 / 1.1)]
     figures = harness.summarise(rounds, bytes_read=900_000)
     assert figures["share"] == pytest.approx(0.9)
-    assert figures["us"] == 200
-    assert figures["gbps"] == pytest.approx(4.5)
-    assert figures["probe_gbps"] == pytest.approx(5.0)
+    assert figures["us"] == 110
+    assert figures["gbps"] == pytest.approx(900 / 110)
+    assert figures["probe_gbps"] == pytest.approx(10 / 1.1)
+    assert figures["probe_spread"] == pytest.approx(0.1, abs=1e-3)
     assert (figures["rounds"], figures["calls"], figures["quiet"]) == (3, 9, True)
 
 
@@ -300,6 +301,10 @@ def test_markdown_tells_the_origin_and_what_was_not_measured():
     text = table.markdown([document("matmul", [matmul_row("lowbit int4", 300)])])
     assert "30.0 GB/s at the start" in text
     assert "Not installed, so not measured: vllm." in text
+    assert "Left out" not in text
+    short = document("matmul", [matmul_row("lowbit int4", 300)])
+    short["left_out"] = [{"subject": "peer"}, {"subject": "peer"}, {"subject": "other"}]
+    assert "Left out for want of time: 3 rows of peer, other." in table.markdown([short])
     with pytest.raises(ValueError, match="bench"):
         table.markdown([document("solver", [])])
 
