@@ -1,4 +1,4 @@
-"""Busy machines and short runs: what is measured again, marked or left out. Slices, probes and clocks are fabricated."""
+"""Busy machines, short runs: what is measured again, marked or left out. Slices, probes and clocks are fabricated."""
 
 from __future__ import annotations
 
