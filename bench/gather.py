@@ -56,14 +56,16 @@ class Run:
         turns: dict[str, float] = {}
         for (ids, case), part in zip(cells, budget.parts([1.0] * len(cells)), strict=True):
             subjects = [s for s in held if CASES[case] is None or s[CASES[case]]]
-            self._measure(subjects, "gather", {"count": ids, "case": case}, ids, ids, {"case": case}, part, turns)
+            self._measure(
+                subjects, "gather", {"count": ids, "case": case}, ids, ids, {"case": case}, (part, budget), turns
+            )
 
     def _bags(self, table: tuple[int, int], budget: Budget) -> None:
         held = self._tables("bags", "bag_table", *self.sizes(table), budget)
         turns: dict[str, float] = {}
         for bags, part in zip(BAGS, budget.parts([1.0] * len(BAGS)), strict=True):
             details, described = {"count": BAG_IDS, "bags": bags}, {"case": "bags", "bags": bags}
-            self._measure(held, "bags", details, BAG_IDS, bags, described, part, turns)
+            self._measure(held, "bags", details, BAG_IDS, bags, described, (part, budget), turns)
 
     def sizes(self, table: tuple[int, int]) -> tuple[int, int]:
         rows, cols = table
@@ -99,18 +101,18 @@ class Run:
         ids: int,
         written: int,
         described: dict,
-        budget: Budget,
+        budgets: tuple[Budget, Budget],
         turns: dict[str, float],
     ) -> None:
-        """A row for each subject: `ids` rows read and `written` rows of output written in a call. turns: the seconds of
-        each one's last turn."""
+        """A row for each subject: `ids` rows read and `written` rows of output written in a call. budgets: of these
+        rows, and of all with these tables. turns: the seconds of each subject's last turn."""
         slices = {}
         for subject in subjects:
             worker = self.workers[subject["module"]]
             ask = partial(worker.ask, question, name=subject["name"], seconds=self.options.slice, **details)
             slices[subject["name"]] = (worker, ask)
-        probe, limit = partial(harness.read_bandwidth, self.options.threads), budget if budget.limited else None
-        rounds = harness.alternate(slices, self.options.rounds, probe, budget=limit, expected=turns)
+        probe, (part, whole) = partial(harness.read_bandwidth, self.options.threads), budgets
+        rounds = harness.alternate(slices, self.options.rounds, probe, budget=part, whole=whole, expected=turns)
         for subject in subjects:
             measured = rounds[subject["name"]]
             size = ids * subject["row_bytes"] + written * subject["cols"] * OUTPUT_BYTES[subject["output"]]

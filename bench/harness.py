@@ -361,6 +361,7 @@ def alternate(
     probe: Callable[[], float],
     retries: int = 2,
     budget: Budget | None = None,
+    whole: Budget | None = None,
     expected: dict[str, float] | None = None,
 ) -> dict[str, list[dict]]:
     """Gives every subject a slice in each of `rounds` rounds, the probe between any two, and then up to as many again
@@ -369,17 +370,20 @@ def alternate(
     slices: subject -> its worker and its slice, which returns the seconds of each call. A slice that was disturbed is
     repeated up to `retries` times and the quietest attempt counts. With a budget rounds end when its time is up. Quick
     subjects take their turns first (expected: subject -> seconds of a turn, brought up to date here), those slower than
-    SLOW_SECONDS get SLOW_ROUNDS after the others have had theirs, and one whose first turn would not fit is left out.
+    SLOW_SECONDS get SLOW_ROUNDS after the others have had theirs. First turns may use the time of what comes later, too
+    (whole: the budget that this one is a part of); one that would not fit even so is left out.
 
     Returns the rounds of each subject, as summarise() reads them. A subject whose slice raised WorkerError has
     {"failure": its message} as its only round, one that was left out {"left_out": the reason}.
     """
     budget = budget or Budget()
+    whole = whole or budget
     turns = _Turns(slices, probe, retries, budget, {} if expected is None else expected)
     order = sorted(slices, key=lambda name: turns.seconds.get(name, 0.0))
     for name in order:
-        if budget.left() <= turns.seconds.get(name, 0.0):
-            turns.results[name] = [{"left_out": f"no time left for a turn of {turns.seconds.get(name, 0.0):.1f} s"}]
+        if whole.left() <= turns.seconds.get(name, 0.0):
+            turn = f" for a turn of {turns.seconds[name]:.1f} s" if name in turns.seconds else ""
+            turns.results[name] = [{"left_out": f"no time left{turn}"}]
         else:
             turns.take(name)
     slow = [name for name in order if budget.limited and turns.seconds.get(name, 0.0) > SLOW_SECONDS]

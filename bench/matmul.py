@@ -97,7 +97,7 @@ class Run:
         held = self._make(shape, members, cells, budget)
         turns: dict[str, dict[str, tuple[int, float]]] = {"dram": {}, "warm": {}}
         for (tokens, case), part in zip(cells, budget.parts([CELLS[cell] for cell in cells]), strict=True):
-            self._measure(held, shape, tokens, case, part, turns[case])
+            self._measure(held, shape, tokens, case, (part, budget), turns[case])
         for worker in self.workers.values():
             release(worker)
 
@@ -111,7 +111,7 @@ class Run:
                 try:
                     ask = self.workers[subject["module"]].ask
                     made = ask("weights", name=subject["name"], cols=cols, rows=rows, megabytes=self.options.megabytes)
-                    held.append({**subject, **made})
+                    held.append({**subject, **made, "errors": self._errors(subject, shape, cells)})
                     continue
                 except harness.WorkerError as failure:
                     result = {"failure": str(failure)}
@@ -119,38 +119,44 @@ class Run:
                 self._add(subject, shape, tokens, case, result)
         return held
 
+    def _errors(self, subject: dict, shape: str, cells: list[tuple]) -> dict[int, float]:
+        """By tokens, of shape A. The slice of a subject that cannot tell will fail for the same reason."""
+        errors: dict[int, float] = {}
+        with contextlib.suppress(harness.WorkerError):
+            for tokens in dict.fromkeys(tokens for tokens, _ in cells):
+                if shape == "A" and tokens in self.options.error_tokens:
+                    errors[tokens] = self.workers[subject["module"]].ask("error", name=subject["name"], tokens=tokens)
+        return errors
+
     def _wanted(self, subject: dict) -> bool:
         return not self.options.only or any(word in subject["name"] for word in self.options.only)
 
-    def _measure(self, held: list[dict], shape: str, tokens: int, case: str, budget: Budget, turns: dict) -> None:
-        """turns: subject -> the tokens and seconds of its last turn, for a guess at this one."""
-        slices, errors = {}, {}
+    def _measure(
+        self, held: list[dict], shape: str, tokens: int, case: str, budgets: tuple[Budget, Budget], turns: dict
+    ) -> None:
+        """budgets: of this cell, and of the family. turns: subject -> the tokens and seconds of its last turn, for a
+        guess at this one."""
+        slices = {}
         for subject in held:
-            name, worker = subject["name"], self.workers[subject["module"]]
-            details = {"name": name, "tokens": tokens, "case": case, "seconds": self.options.slice}
-            slices[name] = (worker, partial(worker.ask, "matmul", **details))
-            wants_error = shape == "A" and case == "dram" and tokens in self.options.error_tokens
-            errors[name] = self._ask(worker, "error", name=name, tokens=tokens) if wants_error else None
+            worker, name = self.workers[subject["module"]], subject["name"]
+            ask = partial(worker.ask, "matmul", name=name, tokens=tokens, case=case, seconds=self.options.slice)
+            slices[name] = (worker, ask)
         expected = {n: guess(s, before, tokens, self.options.slice) for n, (before, s) in turns.items()}
+        part, whole = budgets
         rounds = harness.alternate(
-            slices, self.options.rounds, self._probe, budget=budget if budget.limited else None, expected=expected
+            slices, self.options.rounds, self._probe, budget=part, whole=whole, expected=expected
         )
         for subject in held:
             name = subject["name"]
-            if not harness.was_measured(rounds[name]):
-                self._add(subject, shape, tokens, case, rounds[name][0])
-                continue
-            turns[name] = tokens, expected[name]
-            kernel = self._ask(self.workers[subject["module"]], "kernel", name=name, tokens=tokens, case=case)
-            figures = harness.summarise(rounds[name], subject["bytes"])
-            self._add(subject, shape, tokens, case, figures | {"error": errors[name], "kernel": kernel})
-
-    def _ask(self, worker: harness.Worker, question: str, **details):
-        """The answer, or None: a slice of this subject will fail for the same reason, and its row will say it."""
-        try:
-            return worker.ask(question, **details)
-        except harness.WorkerError:
-            return None
+            figures = rounds[name][0]
+            if harness.was_measured(rounds[name]):
+                turns[name] = tokens, expected[name]
+                kernel = None
+                with contextlib.suppress(harness.WorkerError):  # it has ended meanwhile, with what it had measured
+                    kernel = self.workers[subject["module"]].ask("kernel", name=name, tokens=tokens, case=case)
+                error = subject["errors"].get(tokens) if case == "dram" else None
+                figures = harness.summarise(rounds[name], subject["bytes"]) | {"error": error, "kernel": kernel}
+            self._add(subject, shape, tokens, case, figures)
 
     def _probe(self) -> float:
         return harness.read_bandwidth(self.options.threads)

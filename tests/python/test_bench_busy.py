@@ -189,6 +189,15 @@ def test_what_does_not_fit_is_left_out_with_a_reason(monkeypatch):
     assert not harness.was_measured(rounds["slow"])
 
 
+def test_first_turns_may_use_the_time_of_what_comes_later(monkeypatch):
+    machine = Machine(monkeypatch)
+    slices = {name: machine.subject(name, 1, turn_seconds=0.5) for name in "abc"}
+    rounds = harness.alternate(slices, 5, machine.probe, budget=machine.budget(0.6), whole=machine.budget(9))
+    assert {name: len(made) for name, made in rounds.items()} == {"a": 1, "b": 1, "c": 1}
+    rounds = harness.alternate(slices, 5, machine.probe, budget=machine.budget(0.6), whole=machine.budget(0.9))
+    assert rounds["c"] == [{"left_out": "no time left"}]
+
+
 def test_a_guess_grows_with_the_tokens_only_beyond_the_slice():
     assert matmul.guess(0.11, 16, 512, slice_seconds=0.06) == pytest.approx(0.11)
     assert matmul.guess(1.11, 128, 512, slice_seconds=0.06) == pytest.approx(4.11)
