@@ -11,7 +11,6 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
-import compare  # noqa: E402
 import harness  # noqa: E402
 import table  # noqa: E402
 
@@ -195,22 +194,6 @@ def test_committed_results_are_readable():
         contents = harness.load(path)
         assert table.markdown([contents])
         assert path.parent.name == harness.machine_name(contents["machine"])
-
-
-# ---- comparing ----
-
-
-def test_compare_matches_rows_by_what_they_measure():
-    before = document("matmul", [matmul_row("lowbit int4", 300), matmul_row("old", 1)])
-    after = document("matmul", [matmul_row("lowbit int4", 150), matmul_row("lowbit int4", 40, case="warm")])
-    pairs, lonely = compare.compare(before, after)
-    assert [(pair[0][0], pair[3]) for pair in pairs] == [("lowbit int4", 2.0)]
-    assert sorted(line.split(":")[0] for line in lonely) == ["only after", "only before"]
-
-
-def test_compare_refuses_two_benchmarks():
-    with pytest.raises(ValueError, match="got matmul and gather"):
-        compare.compare(document("matmul", []), document("gather", []))
 
 
 # ---- tables ----
