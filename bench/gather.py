@@ -53,19 +53,19 @@ class Run:
     def _lookups(self, budget: Budget) -> None:
         cells = [(ids, case) for ids in IDS for case in CASES if case != "op" or ids == 1]
         held = self._tables("gather", "table", *self.sizes(TABLE), budget)
-        turns: dict[str, float] = {}
-        for (ids, case), part in zip(cells, budget.parts([1.0] * len(cells)), strict=True):
+        goes = []
+        for ids, case in cells:
             subjects = [s for s in held if CASES[case] is None or s[CASES[case]]]
-            self._measure(
-                subjects, "gather", {"count": ids, "case": case}, ids, ids, {"case": case}, (part, budget), turns
-            )
+            goes.append(Go(self, subjects, "gather", {"count": ids, "case": case}, ids, ids, {"case": case}))
+        take(goes, self.options.rounds, budget)
 
     def _bags(self, table: tuple[int, int], budget: Budget) -> None:
         held = self._tables("bags", "bag_table", *self.sizes(table), budget)
-        turns: dict[str, float] = {}
-        for bags, part in zip(BAGS, budget.parts([1.0] * len(BAGS)), strict=True):
+        goes = []
+        for bags in BAGS:
             details, described = {"count": BAG_IDS, "bags": bags}, {"case": "bags", "bags": bags}
-            self._measure(held, "bags", details, BAG_IDS, bags, described, (part, budget), turns)
+            goes.append(Go(self, held, "bags", details, BAG_IDS, bags, described))
+        take(goes, self.options.rounds, budget)
 
     def sizes(self, table: tuple[int, int]) -> tuple[int, int]:
         rows, cols = table
@@ -83,39 +83,41 @@ class Run:
                 subject = {"module": module, "rows": rows, "cols": cols, **subject}
                 missing = {"subject": subject["name"], "ids": 0, "case": "table"}
                 if budget.left() <= enough:
-                    self._add({**missing, "cols": cols, "left_out": f"no time left to make its table ({kind})"})
+                    self.add({**missing, "cols": cols, "left_out": f"no time left to make its table ({kind})"})
                     continue
                 try:
                     held.append(
                         subject | self.workers[module].ask(question, name=subject["name"], cols=cols, rows=rows)
                     )
                 except harness.WorkerError as failure:
-                    self._add({**missing, "failure": str(failure)})
+                    self.add({**missing, "failure": str(failure)})
         return held
 
-    def _measure(
-        self,
-        subjects: list[dict],
-        question: str,
-        details: dict,
-        ids: int,
-        written: int,
-        described: dict,
-        budgets: tuple[Budget, Budget],
-        turns: dict[str, float],
-    ) -> None:
-        """A row for each subject: `ids` rows read and `written` rows of output written in a call. budgets: of these
-        rows, and of all with these tables. turns: the seconds of each subject's last turn."""
+    def add(self, row: dict) -> None:
+        (self.left_out if "left_out" in row else self.rows).append(row)
+        print(row_line(row), flush=True)
+
+
+class Go:
+    """The subjects' turns at one kind of call, which reads `ids` rows and writes `written` rows of output."""
+
+    def __init__(
+        self, run: Run, subjects: list[dict], question: str, details: dict, ids: int, written: int, described: dict
+    ):
+        self.run, self.subjects, self.ids, self.written, self.described = run, subjects, ids, written, described
         slices = {}
         for subject in subjects:
-            worker = self.workers[subject["module"]]
-            ask = partial(worker.ask, question, name=subject["name"], seconds=self.options.slice, **details)
+            worker = run.workers[subject["module"]]
+            ask = partial(worker.ask, question, name=subject["name"], seconds=run.options.slice, **details)
             slices[subject["name"]] = (worker, ask)
-        probe, (part, whole) = partial(harness.read_bandwidth, self.options.threads), budgets
-        rounds = harness.alternate(slices, self.options.rounds, probe, budget=part, whole=whole, expected=turns)
-        for subject in subjects:
-            measured = rounds[subject["name"]]
-            size = ids * subject["row_bytes"] + written * subject["cols"] * OUTPUT_BYTES[subject["output"]]
+        self.turns = harness.Alternation(slices, partial(harness.read_bandwidth, run.options.threads))
+
+    def report(self) -> None:
+        """A row for each subject."""
+        for subject in self.subjects:
+            measured = self.turns.results[subject["name"]]
+            size = self.ids * subject["row_bytes"]
+            size += self.written * subject["cols"] * OUTPUT_BYTES[subject["output"]]
             figures = harness.summarise(measured, size) if harness.was_measured(measured) else measured[0]
             row = {
                 "subject": subject["name"],
@@ -124,18 +126,23 @@ class Run:
                 "output": subject["output"],
                 "rows": subject["rows"],
                 "cols": subject["cols"],
-                "ids": ids,
-                **described,
+                "ids": self.ids,
+                **self.described,
                 "row_bytes": subject["row_bytes"],
                 **figures,
             }
             if "us" in row:
-                row["ns_per_row"] = row["us"] * 1000 / ids
-            self._add(row)
+                row["ns_per_row"] = row["us"] * 1000 / self.ids
+            self.run.add(row)
 
-    def _add(self, row: dict) -> None:
-        (self.left_out if "left_out" in row else self.rows).append(row)
-        print(row_line(row), flush=True)
+
+def take(goes: list[Go], rounds: int, budget: Budget) -> None:
+    """A round of everything, then more of each as time allows."""
+    for go in goes:
+        go.turns.first(budget)
+    for go, part in zip(goes, budget.parts([1.0] * len(goes)), strict=True):
+        go.turns.more(rounds - 1, part)
+        go.report()
 
 
 def main() -> None:

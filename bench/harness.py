@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -37,6 +38,7 @@ PROBE_SPREAD = 0.20  # (largest - smallest) / median of probes that are compared
 CLOCK_TICKS = 2  # /proc/stat counts ticks of 10 ms: less than this many is not evidence of anything
 PROBE_BYTES = 256 << 20
 SETTLE_SECONDS = 0.005  # thread pools spin for a few milliseconds after their last task
+STALE_SECONDS = 0.1  # a probe older than this is none of the slice that follows
 WARM_UP_SECONDS = 0.25  # a call that took longer has woken all there is to wake
 SLOW_SECONDS = 1.0  # a subject whose turn takes longer gets SLOW_ROUNDS where time is short, after all the others
 SLOW_ROUNDS = 2
@@ -360,39 +362,12 @@ def alternate(
     rounds: int,
     probe: Callable[[], float],
     retries: int = 2,
-    budget: Budget | None = None,
-    whole: Budget | None = None,
-    expected: dict[str, float] | None = None,
 ) -> dict[str, list[dict]]:
     """Gives every subject a slice in each of `rounds` rounds, the probe between any two, and then up to as many again
-    to those whose rounds do not settle().
-
-    slices: subject -> its worker and its slice, which returns the seconds of each call. A slice that was disturbed is
-    repeated up to `retries` times and the quietest attempt counts. With a budget rounds end when its time is up. Quick
-    subjects take their turns first (expected: subject -> seconds of a turn, brought up to date here), those slower than
-    SLOW_SECONDS get SLOW_ROUNDS after the others have had theirs. First turns may use the time of what comes later, too
-    (whole: the budget that this one is a part of); one that would not fit even so is left out.
-
-    Returns the rounds of each subject, as summarise() reads them. A subject whose slice raised WorkerError has
-    {"failure": its message} as its only round, one that was left out {"left_out": the reason}.
-    """
-    budget = budget or Budget()
-    whole = whole or budget
-    turns = _Turns(slices, probe, retries, budget, {} if expected is None else expected)
-    order = sorted(slices, key=lambda name: turns.seconds.get(name, 0.0))
-    for name in order:
-        if whole.left() <= turns.seconds.get(name, 0.0):
-            turn = f" for a turn of {turns.seconds[name]:.1f} s" if name in turns.seconds else ""
-            turns.results[name] = [{"left_out": f"no time left{turn}"}]
-        else:
-            turns.take(name)
-    slow = [name for name in order if budget.limited and turns.seconds.get(name, 0.0) > SLOW_SECONDS]
-    quick = [name for name in order if name not in slow]
-    for names, more in ((quick, rounds - 1), (slow, SLOW_ROUNDS - 1)):
-        for _ in range(more):
-            turns.round(names)
-        for _ in range(rounds if names is quick else 1):
-            turns.round([name for name in names if not turns.settled(name)])
+    to those whose rounds do not settle(). Arguments and result are those of Alternation."""
+    turns = Alternation(slices, probe, retries)
+    turns.first()
+    turns.more(rounds - 1)
     return turns.results
 
 
@@ -401,41 +376,75 @@ def was_measured(rounds: list[dict]) -> bool:
     return rounds[0].keys().isdisjoint(("failure", "left_out"))
 
 
-class _Turns:
-    """The turns of one alternation: what they gave, and the seconds that the last one of each subject took."""
+class Alternation:
+    """Subjects that take turns. Rounds may come in several goes, so that a run short of time can measure everything
+    once before it measures anything more often.
 
-    def __init__(self, slices: dict, probe: Callable[[], float], retries: int, budget: Budget, seconds: dict):
-        self.slices, self.probe, self.retries, self.budget, self.seconds = slices, probe, retries, budget, seconds
+    slices: subject -> its worker and its slice, which returns the seconds of each call. A slice that was disturbed is
+    repeated up to `retries` times and the quietest attempt counts. seconds: subject -> what a turn is expected to take,
+    brought up to date here; slow ones come last.
+
+    results: subject -> its rounds, as summarise() reads them. One whose slice raised WorkerError has {"failure": its
+    message} as its only round, one that was left out {"left_out": the reason}.
+    """
+
+    def __init__(self, slices: dict, probe: Callable[[], float], retries: int = 2, seconds: dict | None = None):
+        self.slices, self.probe, self.retries = slices, probe, retries
+        self.seconds: dict[str, float] = dict(seconds or {})
         self.results: dict[str, list[dict]] = {name: [] for name in slices}
-        self.before = probe()
+        self.before, self.probed = 0.0, -math.inf  # the probe after the last slice, and when that was
 
-    def over(self, name: str) -> bool:
-        return bool(self.results[name]) and not was_measured(self.results[name])
+    def first(self, budget: Budget | None = None) -> None:
+        """A turn for each that fits; without repetitions where time is short, because more() follows."""
+        budget = budget or Budget()
+        for name in self._order():
+            if budget.left() <= self.seconds.get(name, 0.0):
+                turn = f" for a turn of {self.seconds[name]:.1f} s" if name in self.seconds else ""
+                self.results[name] = [{"left_out": f"no time left{turn}"}]
+            else:
+                self._take(name, budget, 0 if budget.limited else self.retries)
 
-    def settled(self, name: str) -> bool:
-        return self.over(name) or settle(self.results[name])[1]
+    def more(self, rounds: int, budget: Budget | None = None) -> None:
+        """`rounds` more for each, and up to one more than that for those which have not settled, while time lasts. With
+        a limit those slower than SLOW_SECONDS get SLOW_ROUNDS in all, after the others."""
+        budget = budget or Budget()
+        order = [name for name in self._order() if was_measured(self.results[name])]
+        slow = [name for name in order if budget.limited and self.seconds[name] > SLOW_SECONDS]
+        quick = [name for name in order if name not in slow]
+        for names, count in ((quick, rounds), (slow, SLOW_ROUNDS - 1)):
+            for _ in range(count):
+                self._round(names, budget)
+            for _ in range(count + 1):
+                self._round([name for name in names if not settle(self.results[name])[1]], budget)
 
-    def round(self, names: list[str]) -> None:
+    def _order(self) -> list[str]:
+        """As given, but the slow ones last."""
+        seconds = {name: self.seconds.get(name, 0.0) for name in self.slices}
+        return sorted(self.slices, key=lambda name: seconds[name] if seconds[name] > SLOW_SECONDS else 0.0)
+
+    def _round(self, names: list[str], budget: Budget) -> None:
         """A turn for each, if there is time for all of them: a row's rounds are those of its neighbours, too."""
-        names = [name for name in names if not self.over(name)]
-        if sum(self.seconds[name] for name in names) <= self.budget.left():
+        names = [name for name in names if was_measured(self.results[name])]
+        if sum(self.seconds[name] for name in names) <= budget.left():
             for name in names:
-                self.take(name)
+                self._take(name, budget, self.retries)
 
-    def take(self, name: str) -> None:
+    def _take(self, name: str, budget: Budget, retries: int) -> None:
         worker, run = self.slices[name]
         attempts: list[dict] = []
         start = time.monotonic()
+        if start - self.probed > STALE_SECONDS:  # other things were done meanwhile
+            self.before = self.probe()
         try:
-            while not attempts or (disturbed(attempts[-1]) and len(attempts) <= self.retries):
+            while not attempts or (disturbed(attempts[-1]) and len(attempts) <= retries):
                 begin = time.monotonic()
                 measured = _measure(worker, run)
                 time.sleep(SETTLE_SECONDS)
                 after = self.probe()
                 spread = round(probe_spread([self.before, after]), 3)
                 attempts.append({**measured, "probe": (self.before + after) / 2, "spread": spread})
-                self.before = after
-                if self.budget.left() < time.monotonic() - begin:
+                self.before, self.probed = after, time.monotonic()
+                if budget.left() < time.monotonic() - begin:
                     break
             self.results[name].append(min(attempts, key=lambda attempt: attempt["other"] + attempt["spread"]))
         except WorkerError as failure:

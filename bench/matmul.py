@@ -19,18 +19,19 @@ from budget import Budget
 from peers import MODULES
 from shapes import FEW_TOKENS, SHAPES, TOKENS
 
-# What shape A is measured at, what matters most first, and how much time each takes beside the others.
+# What shape A is measured at, what matters most first, and how the time that is left after one round of everything is
+# shared out for more. What a cell does not need goes to the next.
 CELLS = {
-    (1, "dram"): 2.0,
-    (16, "dram"): 2.0,
-    (1, "warm"): 1.5,
-    (16, "warm"): 1.5,
+    (1, "dram"): 3.0,
+    (16, "dram"): 3.0,
+    (1, "warm"): 2.0,
+    (16, "warm"): 2.0,
     (128, "dram"): 3.0,
-    (4, "dram"): 1.5,
-    (4, "warm"): 1.0,
+    (4, "dram"): 2.0,
+    (4, "warm"): 1.5,
     (128, "warm"): 2.0,
-    (512, "dram"): 8.0,
-    (512, "warm"): 5.0,
+    (512, "dram"): 4.0,
+    (512, "warm"): 3.0,
 }
 SETTING_UP = 0.5  # of a family's time, after which no more matrices are made
 FAMILIES = {4: "4 bits", 2: "2 and 3 bits", 3: "2 and 3 bits", 8: "8 bits", 16: "dense", 32: "dense"}
@@ -95,9 +96,16 @@ class Run:
         cells = [c for c in cells if not self.options.tokens or c[0] in self.options.tokens]
         cells = [c for c in cells if shape == "A" or c[1] == "dram"]
         held = self._make(shape, members, cells, budget)
-        turns: dict[str, dict[str, tuple[int, float]]] = {"dram": {}, "warm": {}}
-        for (tokens, case), part in zip(cells, budget.parts([CELLS[cell] for cell in cells]), strict=True):
-            self._measure(held, shape, tokens, case, (part, budget), turns[case])
+        turns, seconds = {}, {"dram": (1, {}), "warm": (1, {})}
+        for tokens, case in cells:
+            before, known = seconds[case]
+            expected = {name: guess(s, before, tokens, self.options.slice) for name, s in known.items()}
+            turns[tokens, case] = self._alternation(held, tokens, case, expected)
+            turns[tokens, case].first(budget)
+            seconds[case] = tokens, turns[tokens, case].seconds
+        for cell, part in zip(cells, budget.parts([CELLS[cell] for cell in cells]), strict=True):
+            turns[cell].more(self.options.rounds - 1, part)
+            self._report(held, shape, *cell, turns[cell].results)
         for worker in self.workers.values():
             release(worker)
 
@@ -111,7 +119,10 @@ class Run:
                 try:
                     ask = self.workers[subject["module"]].ask
                     made = ask("weights", name=subject["name"], cols=cols, rows=rows, megabytes=self.options.megabytes)
-                    held.append({**subject, **made, "errors": self._errors(subject, shape, cells)})
+                    ready = {**subject, **made, "errors": self._errors(subject, shape, cells)}
+                    tokens, case = cells[0]  # libraries build graphs and choose kernels: not in anyone's turn
+                    ask("matmul", name=subject["name"], tokens=tokens, case=case, seconds=0.0)
+                    held.append(ready)
                     continue
                 except harness.WorkerError as failure:
                     result = {"failure": str(failure)}
@@ -131,31 +142,25 @@ class Run:
     def _wanted(self, subject: dict) -> bool:
         return not self.options.only or any(word in subject["name"] for word in self.options.only)
 
-    def _measure(
-        self, held: list[dict], shape: str, tokens: int, case: str, budgets: tuple[Budget, Budget], turns: dict
-    ) -> None:
-        """budgets: of this cell, and of the family. turns: subject -> the tokens and seconds of its last turn, for a
-        guess at this one."""
+    def _alternation(self, held: list[dict], tokens: int, case: str, expected: dict) -> harness.Alternation:
         slices = {}
         for subject in held:
             worker, name = self.workers[subject["module"]], subject["name"]
             ask = partial(worker.ask, "matmul", name=name, tokens=tokens, case=case, seconds=self.options.slice)
             slices[name] = (worker, ask)
-        expected = {n: guess(s, before, tokens, self.options.slice) for n, (before, s) in turns.items()}
-        part, whole = budgets
-        rounds = harness.alternate(
-            slices, self.options.rounds, self._probe, budget=part, whole=whole, expected=expected
-        )
+        return harness.Alternation(slices, self._probe, seconds=expected)
+
+    def _report(self, held: list[dict], shape: str, tokens: int, case: str, results: dict[str, list[dict]]) -> None:
         for subject in held:
-            name = subject["name"]
-            figures = rounds[name][0]
-            if harness.was_measured(rounds[name]):
-                turns[name] = tokens, expected[name]
+            rounds = results[subject["name"]]
+            figures = rounds[0]
+            if harness.was_measured(rounds):
+                details = {"name": subject["name"], "tokens": tokens, "case": case}
                 kernel = None
                 with contextlib.suppress(harness.WorkerError):  # it has ended meanwhile, with what it had measured
-                    kernel = self.workers[subject["module"]].ask("kernel", name=name, tokens=tokens, case=case)
+                    kernel = self.workers[subject["module"]].ask("kernel", **details)
                 error = subject["errors"].get(tokens) if case == "dram" else None
-                figures = harness.summarise(rounds[name], subject["bytes"]) | {"error": error, "kernel": kernel}
+                figures = harness.summarise(rounds, subject["bytes"]) | {"error": error, "kernel": kernel}
             self._add(subject, shape, tokens, case, figures)
 
     def _probe(self) -> float:

@@ -102,7 +102,7 @@ def test_a_slice_beside_drifting_probes_is_repeated(monkeypatch):
 def test_a_slice_that_stays_disturbed_is_kept_and_its_row_marked(monkeypatch):
     machine = Machine(monkeypatch, probes=itertools.cycle([10e9, 20e9]))
     rounds = harness.alternate({"a": machine.subject("a", 100)}, 2, machine.probe, retries=2)
-    # Two rounds of three attempts, and as many again because they did not settle.
+    # Two rounds of three attempts each, and two again because they did not settle.
     assert len(machine.order) == 4 * 3
     assert harness.summarise(rounds["a"], 1000)["quiet"] is False
 
@@ -158,20 +158,33 @@ def test_no_budget_is_no_limit():
 
 def test_rounds_are_what_fits(monkeypatch):
     machine = Machine(monkeypatch)
-    slices = {name: machine.subject(name, 100, turn_seconds=0.5) for name in "ab"}
-    rounds = harness.alternate(slices, 5, machine.probe, budget=machine.budget(3.2))
-    assert {name: len(made) for name, made in rounds.items()} == {"a": 3, "b": 3}
+    turns = harness.Alternation({name: machine.subject(name, 100, turn_seconds=0.5) for name in "ab"}, machine.probe)
+    budget = machine.budget(3.2)
+    turns.first(budget)
+    turns.more(4, budget)
+    assert {name: len(made) for name, made in turns.results.items()} == {"a": 3, "b": 3}
     assert machine.time <= 3.2
+
+
+def test_a_first_turn_is_not_repeated_where_time_is_short_but_followed_by_more(monkeypatch):
+    machine = Machine(monkeypatch, probes=[10e9, 20e9, 20e9, 20e9, 20e9, 20e9])
+    turns = harness.Alternation({"a": machine.subject("a", 100)}, machine.probe)
+    turns.first(machine.budget(9))
+    assert [r["spread"] for r in turns.results["a"]] == [pytest.approx(0.667, abs=1e-3)]
+    turns.more(0, machine.budget(9))
+    assert [r["spread"] for r in turns.results["a"]][1:] == [0.0]
+    assert harness.settle(turns.results["a"])[1]
 
 
 def test_slow_subjects_get_fewer_rounds_after_the_others(monkeypatch):
     machine = Machine(monkeypatch)
     slices = {"slow": machine.subject("slow", 1, turn_seconds=4.0), "quick": machine.subject("quick", 1)}
-    expected = {"slow": 3.0}
-    rounds = harness.alternate(slices, 5, machine.probe, budget=machine.budget(60), expected=expected)
+    turns = harness.Alternation(slices, machine.probe, seconds={"slow": 3.0})
+    turns.first(machine.budget(60))
+    turns.more(4, machine.budget(60))
     assert machine.order == ["quick", "slow", *["quick"] * 4, "slow"]
-    assert (len(rounds["slow"]), len(rounds["quick"])) == (harness.SLOW_ROUNDS, 5)
-    assert expected == {"slow": pytest.approx(4.0), "quick": pytest.approx(0.1)}
+    assert (len(turns.results["slow"]), len(turns.results["quick"])) == (harness.SLOW_ROUNDS, 5)
+    assert turns.seconds == {"slow": pytest.approx(4.0), "quick": pytest.approx(0.1)}
 
 
 def test_without_a_budget_slow_subjects_get_every_round(monkeypatch):
@@ -183,19 +196,22 @@ def test_without_a_budget_slow_subjects_get_every_round(monkeypatch):
 def test_what_does_not_fit_is_left_out_with_a_reason(monkeypatch):
     machine = Machine(monkeypatch)
     slices = {"slow": machine.subject("slow", 1, turn_seconds=8.0), "quick": machine.subject("quick", 1)}
-    rounds = harness.alternate(slices, 3, machine.probe, budget=machine.budget(5), expected={"slow": 8.0})
-    assert rounds["slow"] == [{"left_out": "no time left for a turn of 8.0 s"}]
-    assert "slow" not in machine.order and len(rounds["quick"]) == 3
-    assert not harness.was_measured(rounds["slow"])
+    turns = harness.Alternation(slices, machine.probe, seconds={"slow": 8.0})
+    turns.first(machine.budget(5))
+    turns.more(2, machine.budget(5))
+    assert turns.results["slow"] == [{"left_out": "no time left for a turn of 8.0 s"}]
+    assert machine.order == ["quick"] * 3
+    assert not harness.was_measured(turns.results["slow"])
 
 
-def test_first_turns_may_use_the_time_of_what_comes_later(monkeypatch):
+def test_without_any_time_everything_is_left_out(monkeypatch):
     machine = Machine(monkeypatch)
-    slices = {name: machine.subject(name, 1, turn_seconds=0.5) for name in "abc"}
-    rounds = harness.alternate(slices, 5, machine.probe, budget=machine.budget(0.6), whole=machine.budget(9))
-    assert {name: len(made) for name, made in rounds.items()} == {"a": 1, "b": 1, "c": 1}
-    rounds = harness.alternate(slices, 5, machine.probe, budget=machine.budget(0.6), whole=machine.budget(0.9))
-    assert rounds["c"] == [{"left_out": "no time left"}]
+    turns = harness.Alternation({"a": machine.subject("a", 1), "b": machine.subject("b", 1)}, machine.probe)
+    budget = machine.budget(1)
+    machine.time = 2
+    turns.first(budget)
+    turns.more(4, budget)
+    assert turns.results == {"a": [{"left_out": "no time left"}], "b": [{"left_out": "no time left"}]}
 
 
 def test_a_guess_grows_with_the_tokens_only_beyond_the_slice():
