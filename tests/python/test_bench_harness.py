@@ -14,6 +14,8 @@ sys.path.insert(0, str(BENCH))
 import harness  # noqa: E402
 import table  # noqa: E402
 
+from lowbit import _C  # noqa: E402
+
 ECHO = """
 import sys
 sys.path.insert(0, {bench!r})
@@ -308,6 +310,17 @@ def test_replace_between_needs_the_markers(text):
 def test_grid_refuses_ragged_lines():
     with pytest.raises(ValueError, match="expected 2 cells"):
         table.grid(["a", "b"], [["1"]])
+
+
+# ---- the probes ----
+
+
+def test_multiply_rates_are_of_what_the_machine_has():
+    features = _C.cpu_features().split()
+    wanted = ["int8"] * ("avx2" in features) + ["bf16"] * ("avx512bf16" in features)
+    assert list(harness.multiply_rates(1)) == wanted
+    for kind, threads in (("int4", 1), ("", 1), ("int8", 0), ("int8", -1), ("int8", 100_000)):
+        assert _C.multiply_rate(kind, threads) == 0
 
 
 # ---- the subjects ----
