@@ -196,12 +196,19 @@ def test_without_a_budget_slow_subjects_get_every_round(monkeypatch):
 def test_what_does_not_fit_is_left_out_with_a_reason(monkeypatch):
     machine = Machine(monkeypatch)
     slices = {"slow": machine.subject("slow", 1, turn_seconds=8.0), "quick": machine.subject("quick", 1)}
-    turns = harness.Alternation(slices, machine.probe, seconds={"slow": 8.0})
+    turns = harness.Alternation(slices, machine.probe, seconds={"slow": 40.0})
     turns.first(machine.budget(5))
     turns.more(2, machine.budget(5))
-    assert turns.results["slow"] == [{"left_out": "no time left for a turn of 8.0 s"}]
+    assert turns.results["slow"] == [{"left_out": "no time left for a turn of 40.0 s"}]
     assert machine.order == ["quick"] * 3
     assert not harness.was_measured(turns.results["slow"])
+
+
+def test_a_doubtful_guess_leaves_nothing_out(monkeypatch):
+    machine = Machine(monkeypatch)
+    turns = harness.Alternation({"a": machine.subject("a", 1)}, machine.probe, seconds={"a": 6.0})
+    turns.first(machine.budget(2))
+    assert machine.order == ["a"] and turns.seconds == {"a": pytest.approx(0.1)}
 
 
 def test_without_any_time_everything_is_left_out(monkeypatch):
