@@ -142,7 +142,7 @@ def roofline(contents: dict) -> Figure:
     if not rows:
         raise ValueError("rows: expected products of lowbit's, got none")
     bandwidth = statistics.median(row["probe_gbps"] for row in rows)
-    figure, (axes,) = sheet(contents, f"Roofline: {rows[0]['cols']}×{rows[0]['rows']}, every kernel row", (9, 6))
+    figure, (axes,) = sheet(contents, f"Roofline: {rows[0]['cols']}×{rows[0]['rows']}, every kernel row", (10, 6))
     points = [(operations(r) / r["bytes"], operations(r) / r["us"] * 1e-3, r) for r in rows]
     left, right = min(p[0] for p in points) / 2, max(p[0] for p in points) * 2
     _roofs(axes, bandwidth, contents.get("multiply_gops") or {}, left, right)
@@ -174,7 +174,7 @@ def roofline(contents: dict) -> Figure:
         _key("filled: from DRAM", MUTED, "o"),
     ]
     handles += [_key("hollow: in cache", MUTED, "o", "white"), _key("pale: the machine was busy", "#BBBBBB", "o")]
-    axes.legend(handles=handles, loc="upper left", fontsize=8)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
 
 
@@ -218,7 +218,13 @@ def _roofs(axes: Axes, bandwidth: float, rates: dict[str, float], left: float, r
             [start, max(right, start)], [rate, rate], color=INK, linewidth=1.2, linestyle=style, gid=f"{kind} peak"
         )
         axes.annotate(
-            label, (right, rate), xytext=(-2, 3), textcoords="offset points", ha="right", color=INK, fontsize=8
+            label,
+            (right, rate),
+            xytext=(-2, -10 if kind == "float mode" else 3),  # close to bf16's, which lies about as high
+            textcoords="offset points",
+            ha="right",
+            color=INK,
+            fontsize=8,
         )
     if not rates:
         axes.annotate(
@@ -232,7 +238,7 @@ def time(contents: dict) -> Figure:
     if not rows:
         raise ValueError("rows: expected products of lowbit's, got none")
     title = f"Time of a product: {rows[0]['cols']}×{rows[0]['rows']}"
-    figure, panels = sheet(contents, title, (10, 5), panels=2)
+    figure, panels = sheet(contents, title, (11, 5), panels=2)
     tokens = sorted({row["tokens"] for row in rows})
     for axes, (quantizes, mode) in zip(panels, MODES.items(), strict=True):
         for name, (colour, marker) in FORMATS.items():
@@ -254,7 +260,7 @@ def time(contents: dict) -> Figure:
     handles = [_key(name, *FORMATS[name]) for name in shown]
     lines = (("-", "from DRAM"), (":", "in cache"))
     handles += [Line2D([], [], color=MUTED, linestyle=line, label=label) for line, label in lines]
-    panels[0].legend(handles=handles, loc="upper left", fontsize=8)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
 
 
