@@ -18,7 +18,7 @@ from matmul import arguments, median_probe, release, run_budget, start_workers
 from shapes import BAG_IDS, BAG_TABLES, BAGS, IDS, TABLE
 
 LOOKUPS_WEIGHT = 4.0  # of the time, beside 1 for the bags of a table
-SETTING_UP = 0.5  # of that, after which no more tables are made
+SETTING_UP = 0.6  # of that, after which no more tables are made
 CASES = {"fresh": None, "reused": "reuses_output", "op": "has_op"}  # and what a subject must be able to do for it
 OUTPUT_BYTES = {"f32": 4, "bf16": 2}
 

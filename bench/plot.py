@@ -3,7 +3,8 @@
 For each matmul result  <stem>_roofline   every kernel row under this machine's two roofs
                         <stem>_time       microseconds by tokens, format and activation mode
                         <stem>_peers_1_token, <stem>_peers_16_tokens   speed against each peer
-for each gather result  <stem>_lookups    nanoseconds a row, ours and the peers', and sums of bags
+for each gather result  <stem>_lookups    nanoseconds a row, ours and the peers'
+                        <stem>_bags       the same for sums of bags, where they were measured
 
 each as SVG and PNG, without a display. Of a folder, the results of other benchmarks are passed over; a file that is
 named must be one of these two. Colours are those of Okabe and Ito, and no difference is told by colour alone.
@@ -170,10 +171,11 @@ def roofline(contents: dict) -> Figure:
     shown = [name for name in FORMATS if name in {format_of(row) for row in rows}]
     handles = [_key(name, *FORMATS[name]) for name in shown]
     handles += [
-        _key("large: int8 mode, small: float; number: tokens", MUTED, "o"),
+        _key("large: int8 mode, small: float", MUTED, "o"),
         _key("filled: from DRAM", MUTED, "o"),
     ]
-    handles += [_key("hollow: in cache", MUTED, "o", "white"), _key("pale: the machine was busy", "#BBBBBB", "o")]
+    handles += [_key("hollow: in cache", MUTED, "o", "white"), _key("pale: busy machine", "#BBBBBB", "o")]
+    handles.append(Line2D([], [], linestyle="none", label="numbers: tokens"))
     figure.legend(handles=handles, loc="outside right upper", fontsize=8)
     return figure
 
@@ -310,26 +312,37 @@ def peers(contents: dict, tokens: int) -> Figure:
 
 
 def lookups(contents: dict) -> Figure:
-    """Nanoseconds a row by subject; a panel a number of ids, and one for each kind of bags."""
-    rows = [row for row in contents["rows"] if "us" in row and row["ids"]]
+    """Nanoseconds a row by subject; a panel a number of ids."""
+    rows = [row for row in contents["rows"] if "us" in row and row["case"] in OUTPUTS]
     columns = []
-    for ids in sorted({r["ids"] for r in rows if r["case"] in OUTPUTS}):
-        held = [r for r in rows if r["ids"] == ids and r["case"] in OUTPUTS]
-        columns.append((f"{ids:,} id{'' if ids == 1 else 's'}", "ns a row", held))
-    bags = dict.fromkeys((r["rows"], r["cols"], r["bags"]) for r in rows if r["case"] == "bags")
-    for table in bags:
-        held = [r for r in rows if r["case"] == "bags" and (r["rows"], r["cols"], r["bags"]) == table]
-        columns.append((f"{held[0]['ids']:,} ids in {table[2]} bags,\n{table[0]:,}×{table[1]}", "ns an id", held))
-    if not columns:
+    for ids in sorted({row["ids"] for row in rows}):
+        held = [row for row in rows if row["ids"] == ids]
+        columns.append((f"{ids:,} id{'' if ids == 1 else 's'}", held))
+    table = "×".join(f"{size:,}" for size in contents["settings"]["table"])
+    return _dots(contents, f"Lookups of random ids: {table}", "ns a row", columns)
+
+
+def bags(contents: dict) -> Figure:
+    """Nanoseconds an id by subject; a panel a table and number of bags."""
+    rows = [row for row in contents["rows"] if "us" in row and row["case"] == "bags"]
+    columns = []
+    for size in dict.fromkeys((row["rows"], row["cols"], row["bags"]) for row in rows):
+        held = [row for row in rows if (row["rows"], row["cols"], row["bags"]) == size]
+        columns.append((f"{size[0]:,}×{size[1]:,},\n{held[0]['ids']:,} ids in {size[2]} bags", held))
+    return _dots(contents, "Sums of bags of random ids", "ns an id", columns)
+
+
+def _dots(contents: dict, title: str, unit: str, columns: list[tuple[str, list[dict]]]) -> Figure:
+    """A line a subject, ours above; a panel a column: (title, its rows)."""
+    rows = [row for _, held in columns for row in held]
+    if not rows:
         raise ValueError("rows: expected at least one measured lookup, got none")
     names = sorted({(not r["ours"], r["bits"], r["subject"]) for r in rows}, reverse=True)
     places = {name: place for place, (_, _, name) in enumerate(names)}
-    table = "×".join(f"{size:,}" for size in contents["settings"]["table"])
-    figure, panels = sheet(
-        contents, f"Lookups of random ids: {table}", (2.4 + 2.1 * len(columns), 1.8 + 0.26 * len(names)), len(columns)
-    )
+    size = max(8, 2.2 + 2.4 * len(columns)), 2.0 + 0.28 * len(names)
+    figure, panels = sheet(contents, title, size, len(columns))
     style = {"fresh": ("o", FASTER, FASTER), "reused": ("o", FASTER, "white"), "op": ("D", SLOWER, SLOWER)}
-    for axes, (title, unit, held) in zip(panels, columns, strict=True):
+    for axes, (heading, held) in zip(panels, columns, strict=True):
         for row in held:
             marker, colour, face = style.get(row["case"], style["fresh"])
             axes.plot(
@@ -342,14 +355,15 @@ def lookups(contents: dict) -> Figure:
                 linestyle="none",
                 gid=f"{row['subject']}, {row['ids']} ids, {row['case']}",
             )
-        axes.set(xscale="log", xlabel=unit, ylim=(-0.6, len(names) - 0.4))
-        axes.set_title(title, fontsize=9)
+        least, most = min(r["ns_per_row"] for r in held), max(r["ns_per_row"] for r in held)
+        axes.set(xscale="log", xlabel=unit, xlim=(least / 1.6, most * 1.6), ylim=(-0.6, len(names) - 0.4))
+        axes.set_title(heading, fontsize=9)
         axes.set_yticks(range(len(names)), [name for _, _, name in names] if axes is panels[0] else [], fontsize=8)
         plain(axes.xaxis)
     shown = {row["case"] for row in rows}
     handles = [_key(OUTPUTS[case], *kind[1::-1], kind[2]) for case, kind in style.items() if case in shown]
-    handles.append(_key("pale: the machine was busy", "#BBBBBB", "o"))
-    figure.legend(handles=handles, fontsize=8, loc="outside upper right", ncols=len(handles))
+    handles.append(_key("pale: busy machine", "#BBBBBB", "o"))
+    figure.legend(handles=handles, fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -359,10 +373,13 @@ def lookups(contents: dict) -> Figure:
 def figures(contents: dict) -> dict[str, Callable[[], Figure]]:
     """What a result file has figures for, by the end of their names. ValueError: a benchmark without any."""
     if contents["bench"] == "gather":
-        return {"lookups": lambda: lookups(contents)}
+        found: dict[str, Callable[[], Figure]] = {"lookups": lambda: lookups(contents)}
+        if any(row["case"] == "bags" and "us" in row for row in contents["rows"]):
+            found["bags"] = lambda: bags(contents)
+        return found
     if contents["bench"] != "matmul":
         raise ValueError(f"bench: expected matmul or gather, got {contents['bench']}")
-    found: dict[str, Callable[[], Figure]] = {"roofline": lambda: roofline(contents), "time": lambda: time(contents)}
+    found = {"roofline": lambda: roofline(contents), "time": lambda: time(contents)}
     for tokens, name in ((1, "peers_1_token"), (16, "peers_16_tokens")):
         if ratios(contents, tokens):
             found[name] = lambda tokens=tokens: peers(contents, tokens)

@@ -33,7 +33,7 @@ BENCHES = {  # results of --full: (script and what it is given, the option that 
     "footprint": (["footprint.py"], "--output"),
 }
 WITH_PEERS = ("matmul", "gather")
-WEIGHTS = {"matmul": 3.0, "gather": 1.0}  # of the time that a run within minutes gives to them
+WEIGHTS = {"matmul": 2.5, "gather": 1.0}  # of the time that a run within minutes gives to them
 ONE_THREAD = 1.3  # what one thread needs beside all of them: products of many tokens take longer
 RESERVE_SECONDS = 30.0  # for what no budget sees: the last turn, interpreters, tables
 ROTATE_MEGABYTES = 250  # and at least CACHES_TO_ROTATE times the last-level cache
