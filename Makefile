@@ -7,6 +7,7 @@ PY     ?= $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
 JOBS   ?= $(shell nproc)
 PEERS  ?= $(PY)
+MINUTES ?= 15
 TESTS  ?= ON
 CUDA   ?= AUTO
 MODEL  ?= tests/data/tiny-llama-code
@@ -33,7 +34,7 @@ endif
 CXX_FILES = $(shell git ls-files '*.cpp' '*.h' '*.hpp' '*.c' '*.cu' '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cpp test-asan test-tsan test-python test-models dev wheel site bench lint format clean \
+.PHONY: help setup demo test test-cpp test-asan test-tsan test-python test-models dev wheel site bench bench-full lint format clean \
         test-cuda cuda-release gpu
 
 help:  ## this list
@@ -47,7 +48,8 @@ $(VENV)/ready: pyproject.toml
 	$(VENV)/bin/python -c 'import torch' 2> /dev/null || $(VENV)/bin/python -m pip install --quiet '$(TORCH)'
 	$(VENV)/bin/python -m pip install --quiet scikit-build-core
 	$(VENV)/bin/python -m scikit_build_core build project-table | $(VENV)/bin/python -c 'import json, sys; \
-	  project = json.load(sys.stdin); extras = project["optional-dependencies"]; extras.pop("test-models"); \
+	  project = json.load(sys.stdin); extras = project["optional-dependencies"]; \
+	  extras.pop("test-models"), extras.pop("plot"); \
 	  print(*project["dependencies"], *sum(extras.values(), []), sep="\n")' > $(VENV)/requirements.txt
 	$(VENV)/bin/python -m pip install --quiet -r $(VENV)/requirements.txt
 	touch $@
@@ -117,8 +119,11 @@ site: wheel
 	rm -rf $(SITE)
 	$(PY) -m pip install --quiet --no-deps --target $(SITE) dist/lowbit-*.whl
 
-bench: dev  ## lowbit beside every peer installed in PEERS, an interpreter; results to bench/results and README.md
-	$(PY) bench/run.py --python $(PEERS) --write README.md
+bench: dev  ## lowbit beside every peer installed in PEERS, an interpreter: 15 minutes (MINUTES=); into bench/results
+	$(PY) bench/run.py --python $(PEERS) --minutes $(MINUTES)
+
+bench-full: dev  ## the long run behind README.md's tables (40 minutes), and those tables
+	$(PY) bench/run.py --python $(PEERS) --full --write README.md
 
 .PHONY: lint-python
 lint-python: $(READY)

@@ -6,6 +6,9 @@ tens of milliseconds, and a read-bandwidth probe runs between any two slices. Wh
 same round. Each library runs in a process of its own (two OpenMP runtimes in one process fight over the cores) and is
 driven through a line of JSON a question over a pipe.
 
+Busy machines: what was disturbed is measured again, and if that does not help the row is marked. Rounds between which
+the machine changed its speed are never averaged in silence (disturbed(), settle()).
+
 Standard library only: the workers run it under whatever interpreter has their library.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -24,13 +28,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from budget import Budget
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 BUSY_SHARE = 0.08  # of one core, taken by other processes or by the hypervisor, above which a slice is repeated
+PROBE_SPREAD = 0.20  # (largest - smallest) / median of probes that are compared, above which the machine has drifted
 CLOCK_TICKS = 2  # /proc/stat counts ticks of 10 ms: less than this many is not evidence of anything
 PROBE_BYTES = 256 << 20
 SETTLE_SECONDS = 0.005  # thread pools spin for a few milliseconds after their last task
+STALE_SECONDS = 0.1  # a probe older than this is none of the slice that follows
+WARM_UP_SECONDS = 0.25  # a call that took longer has woken all there is to wake
+SLOW_SECONDS = 1.0  # a subject whose turn takes longer gets SLOW_ROUNDS where time is short, after all the others
+SLOW_ROUNDS = 2
+DOUBT = 4  # an expected turn is from fewer tokens, perhaps in a bad moment: only one that is so far off is left out
 
 
 # ---- statistics ----
@@ -44,18 +56,44 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def summarise(rounds: list[dict], bytes_read: int) -> dict:
-    """A row's figures from its rounds.
+def probe_spread(probes: list[float]) -> float:
+    """(largest - smallest) / median."""
+    return (max(probes) - min(probes)) / statistics.median(probes)
 
-    Each round is {"us": median of its slice, "calls": timed calls, "probe": bytes/s read around the slice, "other":
-    share of a core that others took}. Quiet rounds are preferred: busy ones count only if there is nothing else.
-    The share of the bandwidth is the median of the rounds' shares, not a quotient of medians: the probe and the
-    slice that drifted together stay together.
+
+def disturbed(measured: dict) -> bool:
+    """Whether others took CPU time during a slice, or the machine drifted between the probes before and after it."""
+    return measured["other"] > BUSY_SHARE or measured["spread"] > PROBE_SPREAD
+
+
+def settle(rounds: list[dict]) -> tuple[list[dict], bool]:
+    """(the rounds that count, whether they are to be trusted).
+
+    Of the rounds that nothing disturbed the largest set whose probes agree (within PROBE_SPREAD) counts, if that is
+    more than half of them: a machine that changed its speed halfway is one machine or the other, not their average.
+    Otherwise all of them count (the disturbed ones only if there is nothing else), and the row must be marked.
+    """
+    calm = sorted((r for r in rounds if not disturbed(r)), key=lambda r: r["probe"])
+    best: list[dict] = []
+    for first in range(len(calm)):
+        for last in range(first + len(best), len(calm)):
+            window = calm[first : last + 1]
+            if probe_spread([r["probe"] for r in window]) <= PROBE_SPREAD:
+                best = window
+    return (best, True) if 2 * len(best) > len(calm) else (calm or rounds, False)
+
+
+def summarise(rounds: list[dict], bytes_read: int) -> dict:
+    """A row's figures from those of its rounds that settle() lets count; "quiet": False marks it as not to be trusted.
+
+    Each round is {"us": median of its slice, "calls": timed calls, "probe": bytes/s read around the slice, "spread": of
+    the probes before and after it, "other": share of a core that others took}. The share of the bandwidth is the
+    median of the rounds' shares, not a quotient of medians: the probe and the slice that drifted together stay
+    together.
     """
     if not rounds:
         raise ValueError("rounds: expected at least one, got none")
-    quiet = [r for r in rounds if r["other"] <= BUSY_SHARE]
-    used = quiet or rounds
+    used, quiet = settle(rounds)
     times = [r["us"] for r in used]
     return {
         "us": statistics.median(times),
@@ -64,10 +102,11 @@ def summarise(rounds: list[dict], bytes_read: int) -> dict:
         "calls": sum(r["calls"] for r in used),
         "rounds_used": len(used),
         "rounds": len(rounds),
-        "quiet": bool(quiet),
+        "quiet": quiet,
         "bytes": bytes_read,
         "gbps": statistics.median(bytes_read / r["us"] for r in used) * 1e-3,
         "probe_gbps": statistics.median(r["probe"] for r in used) * 1e-9,
+        "probe_spread": round(max([probe_spread([r["probe"] for r in used]), *(r["spread"] for r in used)]), 3),
         "share": statistics.median(bytes_read / (r["us"] * 1e-6) / r["probe"] for r in used),
     }
 
@@ -137,8 +176,21 @@ def commit() -> dict:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
-def document(bench: str, settings: dict, versions: dict, not_installed: dict, rows: list[dict], probe: dict) -> dict:
-    """The result file's contents; table.py and compare.py read this."""
+def document(
+    bench: str,
+    settings: dict,
+    versions: dict,
+    not_installed: dict,
+    rows: list[dict],
+    probe: dict,
+    *,
+    left_out: list[dict] | None = None,
+    multiply_gops: dict | None = None,
+) -> dict:
+    """The result file's contents; table.py, compare.py and plot.py read this.
+
+    left_out: what there was no time for, as rows are described. multiply_gops: of the vector units, by type.
+    """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
         "schema": SCHEMA,
@@ -150,6 +202,8 @@ def document(bench: str, settings: dict, versions: dict, not_installed: dict, ro
         "versions": versions,
         "not_installed": not_installed,
         "probe_gbps": probe,
+        "multiply_gops": multiply_gops or {},
+        "left_out": left_out or [],
         "rows": rows,
     }
 
@@ -179,6 +233,14 @@ def read_bandwidth(threads: int) -> float:
     from lowbit import _C
 
     return _C.read_bandwidth(PROBE_BYTES, threads) * 1e9
+
+
+def multiply_rates(threads: int) -> dict[str, float]:
+    """10^9 operations a second that the vector units do on registers alone, by type; without those they lack."""
+    from lowbit import _C
+
+    rates = {kind: _C.multiply_rate(kind, threads) for kind in ("int8", "bf16")}
+    return {kind: round(rate, 1) for kind, rate in rates.items() if rate > 0}
 
 
 # ---- other people's use of the CPUs ----
@@ -280,11 +342,15 @@ def _own_seconds() -> float:
 def time_slice(calls: list[Callable], position: int, seconds: float, warm_up: int) -> tuple[list[float], int]:
     """Times `calls` one by one, round robin from `position`, for `seconds` and at least one call.
 
-    Returns the seconds of each timed call and the position to go on from.
+    Before that, `warm_up` calls, or as many as take WARM_UP_SECONDS. Returns the seconds of each timed call and the
+    position to go on from.
     """
+    begin = time.perf_counter()
     for _ in range(warm_up):
         calls[position % len(calls)]()
         position += 1
+        if time.perf_counter() - begin > WARM_UP_SECONDS:
+            break
     taken = []
     end = time.perf_counter() + seconds
     while True:
@@ -304,30 +370,93 @@ def alternate(
     probe: Callable[[], float],
     retries: int = 2,
 ) -> dict[str, list[dict]]:
-    """Gives every subject a slice in each of `rounds` rounds, the probe between any two.
+    """Gives every subject a slice in each of `rounds` rounds, the probe between any two, and then up to as many again
+    to those whose rounds do not settle(). Arguments and result are those of Alternation."""
+    turns = Alternation(slices, probe, retries)
+    turns.first()
+    turns.more(rounds - 1)
+    return turns.results
 
-    slices: subject -> its worker and its slice, which returns the seconds of each call. A slice that others disturbed
-    is repeated up to `retries` times and the quietest attempt counts. Returns the rounds of each subject, as
-    summarise() reads them; a subject whose slice raised WorkerError has {"failure": its message} as its only round.
+
+def was_measured(rounds: list[dict]) -> bool:
+    """Whether a subject's rounds are rounds, not the reason why there are none."""
+    return rounds[0].keys().isdisjoint(("failure", "left_out"))
+
+
+class Alternation:
+    """Subjects that take turns. Rounds may come in several goes, so that a run short of time can measure everything
+    once before it measures anything more often.
+
+    slices: subject -> its worker and its slice, which returns the seconds of each call. A slice that was disturbed is
+    repeated up to `retries` times and the quietest attempt counts. seconds: subject -> what a turn is expected to take,
+    brought up to date here; slow ones come last.
+
+    results: subject -> its rounds, as summarise() reads them. One whose slice raised WorkerError has {"failure": its
+    message} as its only round, one that was left out {"left_out": the reason}.
     """
-    results: dict[str, list[dict]] = {name: [] for name in slices}
-    before = probe()
-    for _ in range(rounds):
-        for name, (worker, run) in slices.items():
-            if results[name] and "failure" in results[name][0]:
-                continue
-            attempts: list[dict] = []
-            try:
-                while not attempts or (attempts[-1]["other"] > BUSY_SHARE and len(attempts) <= retries):
-                    measured = _measure(worker, run)
-                    time.sleep(SETTLE_SECONDS)
-                    after = probe()
-                    attempts.append({**measured, "probe": (before + after) / 2})
-                    before = after
-                results[name].append(min(attempts, key=lambda attempt: attempt["other"]))
-            except WorkerError as failure:
-                results[name] = [{"failure": str(failure)}]
-    return results
+
+    def __init__(self, slices: dict, probe: Callable[[], float], retries: int = 2, seconds: dict | None = None):
+        self.slices, self.probe, self.retries = slices, probe, retries
+        self.seconds: dict[str, float] = dict(seconds or {})
+        self.results: dict[str, list[dict]] = {name: [] for name in slices}
+        self.before, self.probed = 0.0, -math.inf  # the probe after the last slice, and when that was
+
+    def first(self, budget: Budget | None = None) -> None:
+        """A turn for each that fits; without repetitions where time is short, because more() follows."""
+        budget = budget or Budget()
+        for name in self._order():
+            if budget.left() <= self.seconds.get(name, 0.0) / DOUBT:
+                turn = f" for a turn of {self.seconds[name]:.1f} s" if name in self.seconds else ""
+                self.results[name] = [{"left_out": f"no time left{turn}"}]
+            else:
+                self._take(name, budget, 0 if budget.limited else self.retries)
+
+    def more(self, rounds: int, budget: Budget | None = None) -> None:
+        """`rounds` more for each, and up to one more than that for those which have not settled, while time lasts. With
+        a limit those slower than SLOW_SECONDS get SLOW_ROUNDS in all, after the others."""
+        budget = budget or Budget()
+        order = [name for name in self._order() if was_measured(self.results[name])]
+        slow = [name for name in order if budget.limited and self.seconds[name] > SLOW_SECONDS]
+        quick = [name for name in order if name not in slow]
+        for names, count in ((quick, rounds), (slow, SLOW_ROUNDS - 1)):
+            for _ in range(count):
+                self._round(names, budget)
+            for _ in range(count + 1):
+                self._round([name for name in names if not settle(self.results[name])[1]], budget)
+
+    def _order(self) -> list[str]:
+        """As given, but the slow ones last."""
+        seconds = {name: self.seconds.get(name, 0.0) for name in self.slices}
+        return sorted(self.slices, key=lambda name: seconds[name] if seconds[name] > SLOW_SECONDS else 0.0)
+
+    def _round(self, names: list[str], budget: Budget) -> None:
+        """A turn for each, if there is time for all of them: a row's rounds are those of its neighbours, too."""
+        names = [name for name in names if was_measured(self.results[name])]
+        if sum(self.seconds[name] for name in names) <= budget.left():
+            for name in names:
+                self._take(name, budget, self.retries)
+
+    def _take(self, name: str, budget: Budget, retries: int) -> None:
+        worker, run = self.slices[name]
+        attempts: list[dict] = []
+        start = time.monotonic()
+        if start - self.probed > STALE_SECONDS:  # other things were done meanwhile
+            self.before = self.probe()
+        try:
+            while not attempts or (disturbed(attempts[-1]) and len(attempts) <= retries):
+                begin = time.monotonic()
+                measured = _measure(worker, run)
+                time.sleep(SETTLE_SECONDS)
+                after = self.probe()
+                spread = round(probe_spread([self.before, after]), 3)
+                attempts.append({**measured, "probe": (self.before + after) / 2, "spread": spread})
+                self.before, self.probed = after, time.monotonic()
+                if budget.left() < time.monotonic() - begin:
+                    break
+            self.results[name].append(min(attempts, key=lambda attempt: attempt["other"] + attempt["spread"]))
+        except WorkerError as failure:
+            self.results[name] = [{"failure": str(failure)}]
+        self.seconds[name] = (time.monotonic() - start) / max(1, len(attempts))
 
 
 def _measure(worker: Worker, run: Callable[[], list[float]]) -> dict:

@@ -2,21 +2,38 @@
 
 For each shape, subjects of one family (4 bits, 2 and 3, 8, dense, ternary) hold their weights at once and take turns,
 round after round, with the bandwidth probe between any two slices. "dram": rotating over at least 500 MB of matrices;
-"warm": one matrix over and over, shape A only.
+"warm": one matrix over and over, shape A only. With --seconds the rounds are what fits; what did not fit is said.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
 
 import harness
+from budget import Budget
 from peers import MODULES
 from shapes import FEW_TOKENS, SHAPES, TOKENS
 
+# What shape A is measured at, what matters most first, and how the time that is left after one round of everything is
+# shared out for more. What a cell does not need goes to the next.
+CELLS = {
+    (1, "dram"): 3.0,
+    (16, "dram"): 3.0,
+    (1, "warm"): 2.0,
+    (16, "warm"): 2.0,
+    (128, "dram"): 3.0,
+    (4, "dram"): 2.0,
+    (4, "warm"): 1.5,
+    (128, "warm"): 2.0,
+    (512, "dram"): 4.0,
+    (512, "warm"): 3.0,
+}
+SETTING_UP = 0.5  # of a family's time, after which no more matrices are made
 FAMILIES = {4: "4 bits", 2: "2 and 3 bits", 3: "2 and 3 bits", 8: "8 bits", 16: "dense", 32: "dense"}
 
 
@@ -44,6 +61,8 @@ def row_line(row: dict) -> str:
     where = f"{row['cols']}x{row['rows']} {row['tokens']:>4} {row['case']:<5} {row['subject']:<46}"
     if "failure" in row:
         return f"{where} failed: {row['failure']}"
+    if "left_out" in row:
+        return f"{where} left out: {row['left_out']}"
     error = "" if row["error"] is None else f"  error {row['error']:.1e}"
     busy = "" if row["quiet"] else "  (busy)"
     return (
@@ -53,56 +72,95 @@ def row_line(row: dict) -> str:
 
 
 class Run:
-    def __init__(self, options: argparse.Namespace, workers: dict, descriptions: dict):
-        self.options, self.workers = options, workers
+    def __init__(self, options: argparse.Namespace, workers: dict, descriptions: dict, budget: Budget):
+        self.options, self.workers, self.budget = options, workers, budget
         self.rows: list[dict] = []
+        self.left_out: list[dict] = []
         self.subjects = [
             {"module": module, **matmul} for module, described in descriptions.items() for matmul in described["matmul"]
         ]
 
-    def shape(self, shape: str) -> None:
+    def shapes(self) -> None:
+        families: dict[tuple, list[dict]] = {}
+        for shape in self.options.shapes:
+            for name in (*FAMILIES.values(), "ternary"):
+                members = [s for s in self.subjects if family(s) == name and self._wanted(s)]
+                if members:
+                    families[shape, name] = members
+        parts = self.budget.parts([len(members) for members in families.values()])
+        for ((shape, _), members), part in zip(families.items(), parts, strict=True):
+            self._family(shape, members, part)
+
+    def _family(self, shape: str, members: list[dict], budget: Budget) -> None:
+        cells = [c for c in CELLS if shape == "A" or self.options.all_tokens or c[0] in FEW_TOKENS]
+        cells = [c for c in cells if not self.options.tokens or c[0] in self.options.tokens]
+        cells = [c for c in cells if shape == "A" or c[1] == "dram"]
+        held = self._make(shape, members, cells, budget)
+        turns, seconds = {}, {"dram": (1, {}), "warm": (1, {})}
+        for tokens, case in cells:
+            before, known = seconds[case]
+            expected = {name: guess(s, before, tokens, self.options.slice) for name, s in known.items()}
+            turns[tokens, case] = self._alternation(held, tokens, case, expected)
+            turns[tokens, case].first(budget)
+            seconds[case] = tokens, turns[tokens, case].seconds
+        for cell, part in zip(cells, budget.parts([CELLS[cell] for cell in cells]), strict=True):
+            turns[cell].more(self.options.rounds - 1, part)
+            self._report(held, shape, *cell, turns[cell].results)
+        for worker in self.workers.values():
+            release(worker)
+
+    def _make(self, shape: str, members: list[dict], cells: list[tuple], budget: Budget) -> list[dict]:
+        """Those of `members` that made their matrices, or the reasons in the rows of those that did not."""
         cols, rows = SHAPES[shape]
-        tokens = TOKENS if shape == "A" or self.options.all_tokens else FEW_TOKENS
-        tokens = [t for t in tokens if not self.options.tokens or t in self.options.tokens]
-        for name in dict.fromkeys((*FAMILIES.values(), "ternary")):
-            held = []
-            for subject in (s for s in self.subjects if family(s) == name and self._wanted(s)):
+        held, enough = [], SETTING_UP * budget.left() if budget.limited else 0.0
+        for subject in members:
+            result: dict = {"left_out": "no time left to make its matrices"}
+            if budget.left() > enough:
                 try:
                     ask = self.workers[subject["module"]].ask
                     made = ask("weights", name=subject["name"], cols=cols, rows=rows, megabytes=self.options.megabytes)
-                    held.append({**subject, **made})
+                    ready = {**subject, **made, "errors": self._errors(subject, shape, cells)}
+                    tokens, case = cells[0]  # libraries build graphs and choose kernels: not in anyone's turn
+                    ask("matmul", name=subject["name"], tokens=tokens, case=case, seconds=0.0)
+                    held.append(ready)
+                    continue
                 except harness.WorkerError as failure:
-                    for count in tokens:
-                        self._add(subject, shape, count, "dram", {"failure": str(failure)})
-            for count in tokens:
-                for case in ("dram", "warm") if shape == "A" else ("dram",):
-                    self._measure(held, shape, count, case)
-            for worker in self.workers.values():
-                worker.ask("release")
+                    result = {"failure": str(failure)}
+            for tokens, case in cells:
+                self._add(subject, shape, tokens, case, result)
+        return held
+
+    def _errors(self, subject: dict, shape: str, cells: list[tuple]) -> dict[int, float]:
+        """By tokens, of shape A. The slice of a subject that cannot tell will fail for the same reason."""
+        errors: dict[int, float] = {}
+        with contextlib.suppress(harness.WorkerError):
+            for tokens in dict.fromkeys(tokens for tokens, _ in cells):
+                if shape == "A" and tokens in self.options.error_tokens:
+                    errors[tokens] = self.workers[subject["module"]].ask("error", name=subject["name"], tokens=tokens)
+        return errors
 
     def _wanted(self, subject: dict) -> bool:
         return not self.options.only or any(word in subject["name"] for word in self.options.only)
 
-    def _measure(self, held: list[dict], shape: str, tokens: int, case: str) -> None:
-        slices, errors, kernels = {}, {}, {}
+    def _alternation(self, held: list[dict], tokens: int, case: str, expected: dict) -> harness.Alternation:
+        slices = {}
         for subject in held:
-            name, worker = subject["name"], self.workers[subject["module"]]
-            details = {"name": name, "tokens": tokens, "case": case, "seconds": self.options.slice}
-            slices[name] = (worker, partial(worker.ask, "matmul", **details))
-            try:
-                errors[name] = (
-                    worker.ask("error", name=name, tokens=tokens) if shape == "A" and case == "dram" else None
-                )
-                kernels[name] = worker.ask("kernel", verb="matmul")
-            except harness.WorkerError:
-                errors[name] = kernels[name] = None  # the slice will fail for the same reason, and the row will say it
-        rounds = harness.alternate(slices, self.options.rounds, self._probe)
+            worker, name = self.workers[subject["module"]], subject["name"]
+            ask = partial(worker.ask, "matmul", name=name, tokens=tokens, case=case, seconds=self.options.slice)
+            slices[name] = (worker, ask)
+        return harness.Alternation(slices, self._probe, seconds=expected)
+
+    def _report(self, held: list[dict], shape: str, tokens: int, case: str, results: dict[str, list[dict]]) -> None:
         for subject in held:
-            name = subject["name"]
-            failed = "failure" in rounds[name][0]
-            figures = rounds[name][0] if failed else harness.summarise(rounds[name], subject["bytes"])
-            if not failed:
-                figures |= {"error": errors[name], "kernel": kernels[name]}
+            rounds = results[subject["name"]]
+            figures = rounds[0]
+            if harness.was_measured(rounds):
+                details = {"name": subject["name"], "tokens": tokens, "case": case}
+                kernel = None
+                with contextlib.suppress(harness.WorkerError):  # it has ended meanwhile, with what it had measured
+                    kernel = self.workers[subject["module"]].ask("kernel", **details)
+                error = subject["errors"].get(tokens) if case == "dram" else None
+                figures = harness.summarise(rounds, subject["bytes"]) | {"error": error, "kernel": kernel}
             self._add(subject, shape, tokens, case, figures)
 
     def _probe(self) -> float:
@@ -110,22 +168,34 @@ class Run:
 
     def _add(self, subject: dict, shape: str, tokens: int, case: str, figures: dict) -> None:
         cols, rows = SHAPES[shape]
-        self.rows.append(
-            {
-                "subject": subject["name"],
-                "ours": subject["module"] == "ours",
-                "bits": subject["bits"],
-                "ternary": subject["ternary"],
-                "quantizes_activations": subject["quantizes_activations"],
-                "shape": shape,
-                "cols": cols,
-                "rows": rows,
-                "tokens": tokens,
-                "case": case,
-                **figures,
-            }
-        )
-        print(row_line(self.rows[-1]), flush=True)
+        row = {
+            "subject": subject["name"],
+            "ours": subject["module"] == "ours",
+            "bits": subject["bits"],
+            "ternary": subject["ternary"],
+            "quantizes_activations": subject["quantizes_activations"],
+            "shape": shape,
+            "cols": cols,
+            "rows": rows,
+            "tokens": tokens,
+            "case": case,
+            **figures,
+        }
+        (self.left_out if "left_out" in row else self.rows).append(row)
+        print(row_line(row), flush=True)
+
+
+def guess(seconds: float, before: int, tokens: int, slice_seconds: float) -> float:
+    """Seconds of a turn of `tokens` from those of one of `before`: what it took beyond its slice and the probe (calls
+    that outlast a slice) grows with the tokens."""
+    usual = slice_seconds + 0.05
+    return usual + max(0.0, seconds - usual) * max(1.0, tokens / before)
+
+
+def release(worker: harness.Worker) -> None:
+    """Lets go of everything a library holds. One that has ended holds nothing."""
+    with contextlib.suppress(harness.WorkerError):
+        worker.ask("release")
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -133,11 +203,16 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--python", default=sys.executable, help="interpreter of the peers' environment")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, help="for the whole run: rounds, up to --rounds, as fit into it")
     parser.add_argument("--slice", type=float, default=0.06, metavar="SECONDS", help="of one subject in a round")
     parser.add_argument("--only", action="append", default=[], metavar="WORD", help="subjects whose name contains it")
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--output", help="default: results/<machine>/<benchmark>.json")
     return parser
+
+
+def run_budget(options: argparse.Namespace) -> Budget:
+    return Budget() if options.seconds is None else Budget(options.seconds)
 
 
 def median_probe(probe: Callable[[], float]) -> float:
@@ -149,22 +224,29 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, choices=TOKENS, help="only these")
     parser.add_argument("--all-tokens", action="store_true", help=f"{TOKENS} for every shape, not for A alone")
+    parser.add_argument("--error-tokens", nargs="*", type=int, default=TOKENS, help="errors with so many tokens only")
     parser.add_argument("--megabytes", type=int, default=500, help="of matrices to rotate over")
     options = parser.parse_args()
+    budget = run_budget(options)
     workers, descriptions, missing = start_workers(options.python, options.threads, options.modules)
     probe = partial(harness.read_bandwidth, options.threads)
     ends = {"start": median_probe(probe)}
-    run = Run(options, workers, descriptions)
+    rates = [harness.multiply_rates(options.threads)]
+    run = Run(options, workers, descriptions, budget)
     try:
-        for shape in options.shapes:
-            run.shape(shape)
+        run.shapes()
     finally:
         for worker in workers.values():
             worker.close()
     ends["end"] = median_probe(probe)
+    rates.append(harness.multiply_rates(options.threads))
+    best = {kind: max(r[kind] for r in rates) for kind in rates[0]}  # a roof is the most that was seen
     versions = {k: v for described in descriptions.values() for k, v in described["versions"].items()}
-    settings = {k: getattr(options, k) for k in ("threads", "rounds", "slice", "megabytes")}
-    print(harness.save(harness.document("matmul", settings, versions, missing, run.rows, ends), options.output))
+    settings = {k: getattr(options, k) for k in ("threads", "rounds", "slice", "megabytes", "seconds")}
+    contents = harness.document(
+        "matmul", settings, versions, missing, run.rows, ends, left_out=run.left_out, multiply_gops=best
+    )
+    print(harness.save(contents, options.output))
 
 
 if __name__ == "__main__":

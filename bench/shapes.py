@@ -8,7 +8,7 @@ SHAPES = {
     "C": (11008, 4096),  # Llama-2-7B down
     "D": (2048, 32000),  # a head with a small vocabulary
 }
-TOKENS = (1, 4, 16, 128)
+TOKENS = (1, 4, 16, 128, 512)
 # A shape other than A is measured for these only, unless --all-tokens asks for TOKENS.
 FEW_TOKENS = (1, 16)
 TABLE = (128256, 4096)  # rows and columns of the embedding: Llama-3-8B

@@ -25,14 +25,18 @@ def origin(contents: dict) -> str:
     machine, settings = contents["machine"], contents["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in contents["versions"].items())
     probe = contents["probe_gbps"]
-    threads = f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}"
+    count = settings.get("threads")  # sizes have none
+    threads = "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
     bandwidth = f", read bandwidth {probe['start']} GB/s at the start and {probe['end']} at the end" if probe else ""
     text = (
-        f"{machine['cpu']} (family {machine['family']}, model {machine['model']}), {threads}{bandwidth}; {versions}; "
+        f"{machine['cpu']} (family {machine['family']}, model {machine['model']}){threads}{bandwidth}; {versions}; "
         f"commit {contents['commit'][:12]}{' with changes' if contents['dirty'] else ''}, {contents['date'][:10]}."
     )
     if contents["not_installed"]:
         text += " Not installed, so not measured: " + ", ".join(contents["not_installed"]) + "."
+    if contents.get("left_out"):
+        subjects = dict.fromkeys(row["subject"] for row in contents["left_out"])
+        text += f" Left out for want of time: {len(contents['left_out'])} rows of {', '.join(subjects)}."
     return text
 
 

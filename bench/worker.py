@@ -18,6 +18,7 @@ class Library:
         self.held: dict[str, object] = {}
         self.calls: dict[tuple, list] = {}  # (subject, size, case) -> thunks, so that a round only times
         self.position: dict[tuple, int] = {}
+        self.kernels: dict[tuple, str] = {}  # that the last call of a slice of products ran
 
     def describe(self) -> dict:
         self.module = importlib.import_module(f"peers.{self.name}")
@@ -59,6 +60,7 @@ class Library:
         self.held.clear()
         self.calls.clear()
         self.position.clear()
+        self.kernels.clear()
         gc.collect()
 
     def error(self, name: str, tokens: int) -> float:
@@ -67,8 +69,12 @@ class Library:
     def matmul(self, name: str, tokens: int, case: str, seconds: float) -> list[float]:
         """A slice: seconds per matrix. case: "dram" goes through all the copies, "warm" stays on one."""
         held = self.held[name]
-        calls = self._calls((name, tokens, case), lambda: held.calls(tokens) if case == "dram" else [held.warm(tokens)])
-        return self._slice((name, tokens, case), calls, seconds, held.matrices_per_call if case == "dram" else 1)
+        key = (name, tokens, case)
+        calls = self._calls(key, lambda: held.calls(tokens) if case == "dram" else [held.warm(tokens)])
+        taken = self._slice(key, calls, seconds, held.matrices_per_call if case == "dram" else 1)
+        if hasattr(self.module, "last_kernel"):
+            self.kernels[key] = self.module.last_kernel("matmul")
+        return taken
 
     def gather(self, name: str, count: int, case: str, seconds: float) -> list[float]:
         """A slice: seconds per call. case: "fresh" allocates each output, "reused" writes to one again and again, "op"
@@ -95,10 +101,9 @@ class Library:
 
         return self._slice((name, count, bags), self._calls((name, count, bags), make), seconds, 1)
 
-    def kernel(self, verb: str) -> str | None:
-        """The name of the kernel that ran last, where the library tells."""
-        last = getattr(self.module, "last_kernel", None)
-        return last(verb) if last else None
+    def kernel(self, name: str, tokens: int, case: str) -> str | None:
+        """The kernel that ran in the last slice of these products, where the library tells."""
+        return self.kernels.get((name, tokens, case))
 
     def _calls(self, key: tuple, make) -> list:
         if key not in self.calls:

@@ -65,9 +65,16 @@ def _weights(format: str, activations: str, cols: int, rows: int, megabytes: int
     return CopiedWeights(copies, multiply, copies[0].nbytes, cols, torch.float32, lambda: copies[0].unpack())
 
 
+# Outputs of several types come from the same table: made once, kept as long as one of its subjects is held.
+_tables: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
+
+
 class _Table:
     def __init__(self, format: str, dtype: torch.dtype, rows: int, cols: int):
-        self.packed = _random(format, rows, cols)
+        key = (format, rows, cols)
+        self.packed = _tables.get(key)
+        if self.packed is None:
+            self.packed = _tables[key] = _random(format, rows, cols)
         self.dtype = dtype
         self.row_bytes = self.packed.nbytes // rows
 

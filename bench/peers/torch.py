@@ -78,9 +78,18 @@ MATMUL = [
 # ---- gather ----
 
 
+def _random_table(rows: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of random numbers, the same thousand again and again: half a billion of them would take seconds."""
+    block = torch.empty(min(rows, 1000), cols).uniform_(-0.02, 0.02).to(dtype)
+    table = torch.empty(rows, cols, dtype=dtype)
+    for part in table.split(1000):
+        part.copy_(block[: len(part)])
+    return table
+
+
 class _Dense:
     def __init__(self, dtype: torch.dtype, rows: int, cols: int):
-        self.table = torch.empty(rows, cols, dtype=dtype).uniform_(-0.02, 0.02)
+        self.table = _random_table(rows, cols, dtype)
         self.row_bytes = cols * self.table.element_size()
 
     def ids(self, count: int) -> torch.Tensor:
@@ -108,7 +117,7 @@ class _Quantized:
 
     def __init__(self, bits: int, rows: int, cols: int):
         dtype = torch.quint8 if bits == 8 else torch.quint4x2
-        w = torch.empty(rows, cols).uniform_(-0.02, 0.02)
+        w = _random_table(rows, cols, torch.float32)
         scales, zeros = torch.full((rows,), 0.04 / (2**bits - 1)), torch.full((rows,), 2.0 ** (bits - 1))
         quantized = torch.quantize_per_channel(w, scales, zeros, 0, dtype)
         self.packed = torch.ops.quantized.embedding_bag_prepack(quantized)

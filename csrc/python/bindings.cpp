@@ -460,4 +460,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return lowbit_read_bandwidth(bytes, threads);
       },
       py::arg("bytes"), py::arg("threads"));
+  m.def(
+      "multiply_rate",
+      [](const std::string& kind, int threads) {
+        py::gil_scoped_release release;
+        return lowbit_multiply_rate(kind.c_str(), threads);
+      },
+      py::arg("kind"), py::arg("threads"));
 }

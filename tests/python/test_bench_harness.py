@@ -11,10 +11,11 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
-import compare  # noqa: E402
 import harness  # noqa: E402
 import table  # noqa: E402
 from peers import llama_cpp  # noqa: E402
+
+from lowbit import _C  # noqa: E402
 
 ECHO = """
 import sys
@@ -34,8 +35,8 @@ def worker(tmp_path):
         yield started
 
 
-def slice_round(us: float, probe: float = 1e10, other: float = 0.0) -> dict:
-    return {"us": us, "calls": 3, "probe": probe, "other": other}
+def slice_round(us: float, probe: float = 1e10, other: float = 0.0, spread: float = 0.0) -> dict:
+    return {"us": us, "calls": 3, "probe": probe, "other": other, "spread": spread}
 
 
 # ---- statistics ----
@@ -52,13 +53,14 @@ def test_quantile_of_nothing():
 
 
 def test_share_pairs_each_slice_with_the_probe_beside_it():
-    # The machine halved its speed for two rounds: time and probe drift together, the share does not.
-    rounds = [slice_round(100, 1e10), slice_round(200, 0.5e10), slice_round(200, 0.5e10)]
+    # The machine slowed a little for two rounds: time and probe drift together, the share does not.
+    rounds = [slice_round(100, 1e10), slice_round(110, 1e10 / 1.1), slice_round(110, 1e10 / 1.1)]
     figures = harness.summarise(rounds, bytes_read=900_000)
     assert figures["share"] == pytest.approx(0.9)
-    assert figures["us"] == 200
-    assert figures["gbps"] == pytest.approx(4.5)
-    assert figures["probe_gbps"] == pytest.approx(5.0)
+    assert figures["us"] == 110
+    assert figures["gbps"] == pytest.approx(900 / 110)
+    assert figures["probe_gbps"] == pytest.approx(10 / 1.1)
+    assert figures["probe_spread"] == pytest.approx(0.1, abs=1e-3)
     assert (figures["rounds"], figures["calls"], figures["quiet"]) == (3, 9, True)
 
 
@@ -197,22 +199,6 @@ def test_committed_results_are_readable():
         assert path.parent.name == harness.machine_name(contents["machine"])
 
 
-# ---- comparing ----
-
-
-def test_compare_matches_rows_by_what_they_measure():
-    before = document("matmul", [matmul_row("lowbit int4", 300), matmul_row("old", 1)])
-    after = document("matmul", [matmul_row("lowbit int4", 150), matmul_row("lowbit int4", 40, case="warm")])
-    pairs, lonely = compare.compare(before, after)
-    assert [(pair[0][0], pair[3]) for pair in pairs] == [("lowbit int4", 2.0)]
-    assert sorted(line.split(":")[0] for line in lonely) == ["only after", "only before"]
-
-
-def test_compare_refuses_two_benchmarks():
-    with pytest.raises(ValueError, match="got matmul and gather"):
-        compare.compare(document("matmul", []), document("gather", []))
-
-
 # ---- tables ----
 
 
@@ -301,6 +287,10 @@ def test_markdown_tells_the_origin_and_what_was_not_measured():
     text = table.markdown([document("matmul", [matmul_row("lowbit int4", 300)])])
     assert "30.0 GB/s at the start" in text
     assert "Not installed, so not measured: vllm." in text
+    assert "Left out" not in text
+    short = document("matmul", [matmul_row("lowbit int4", 300)])
+    short["left_out"] = [{"subject": "peer"}, {"subject": "peer"}, {"subject": "other"}]
+    assert "Left out for want of time: 3 rows of peer, other." in table.markdown([short])
     with pytest.raises(ValueError, match="bench"):
         table.markdown([document("solver", [])])
 
@@ -321,6 +311,17 @@ def test_replace_between_needs_the_markers(text):
 def test_grid_refuses_ragged_lines():
     with pytest.raises(ValueError, match="expected 2 cells"):
         table.grid(["a", "b"], [["1"]])
+
+
+# ---- the probes ----
+
+
+def test_multiply_rates_are_of_what_the_machine_has():
+    features = _C.cpu_features().split()
+    wanted = ["int8"] * ("avx2" in features) + ["bf16"] * ("avx512bf16" in features)
+    assert list(harness.multiply_rates(1)) == wanted
+    for kind, threads in (("int4", 1), ("", 1), ("int8", 0), ("int8", -1), ("int8", 100_000)):
+        assert _C.multiply_rate(kind, threads) == 0
 
 
 # ---- the subjects ----
