@@ -6,6 +6,7 @@ cuda.py. What tensors mean to users is in matrix.py, what they mean to torch in 
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 
 import torch  # before _C, so that the process has torch's OpenMP runtime and no second one
@@ -116,6 +117,36 @@ def matrix_view(codes, scales, zeros, perm, layout: Layout) -> _C.Matrix:
     )
 
 
+# The matrices that are alive, by the id of their codes, which they keep alive.
+_matrices: dict[int, weakref.ref] = {}
+
+
+def remember(matrix, codes: Tensor) -> None:
+    """Lets `recall` find the PackedMatrix over these codes, as long as it lives."""
+    key = id(codes)
+    _matrices[key] = weakref.ref(matrix, lambda gone: _matrices.get(key) is gone and _matrices.pop(key))
+
+
+def recall(codes: Tensor):
+    """The last PackedMatrix made over a tensor object as its codes, or None."""
+    found = _matrices.get(id(codes))
+    matrix = None if found is None else found()
+    return matrix if matrix is not None and matrix._tensors[0] is codes else None
+
+
+def known_view(codes, scales, zeros, perm, format: str, cols: int, group_size: int) -> _C.Matrix:
+    """`matrix_view`, or the view that the PackedMatrix over just these tensors has: an operator's call pays for it
+    otherwise."""
+    matrix = recall(codes)
+    if matrix is not None and matrix._matrix is not None:
+        _, own_scales, own_zeros, own_perm = matrix._tensors
+        layout = matrix.layout
+        same = own_scales is scales and own_zeros is zeros and own_perm is perm
+        if same and (layout.format, layout.cols, layout.group_size) == (format, cols, group_size):
+            return matrix._matrix
+    return matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
+
+
 def check_matrix(view: _C.Matrix, codes, scales, zeros, perm, layout: Layout, values: bool) -> None:
     """Raises ValueError unless shapes and (with `values`) scales, zeros, perm and ternary bytes are those of a matrix.
     On a GPU the values are waited for."""
@@ -197,18 +228,19 @@ def gather(
     """ids [...] int32 or int64 -> rows [..., cols] in `dtype`, or into `out`, contiguous and of that shape; zeros where
     an id is padding_id."""
     ids, id_dtype, policy_code, padding = _ids(view, ids, policy, padding_id)
+    cols, device = view.cols, view.device
     if out is None:
-        lookup(FLOAT_DTYPES, dtype, "dtype")
-        out = ids.new_empty((*ids.shape, view.cols), dtype=dtype)
-    elif list(out.shape) != [*ids.shape, view.cols] or not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous {[*ids.shape, view.cols]}, got {list(out.shape)} {out.stride()}")
+        out_dtype = lookup(FLOAT_DTYPES, dtype, "dtype")
+        out = ids.new_empty((*ids.shape, cols), dtype=dtype)
+    elif list(out.shape) != [*ids.shape, cols] or not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous {[*ids.shape, cols]}, got {list(out.shape)} {out.stride()}")
     else:
-        require_device(out, "out", view.device)
-    out_dtype = lookup(FLOAT_DTYPES, out.dtype, "dtype")
-    if view.device >= 0:
+        require_device(out, "out", device)
+        out_dtype = lookup(FLOAT_DTYPES, out.dtype, "dtype")
+    if device >= 0:
         cuda.gather(view, ids, id_dtype, policy_code, padding, out, out_dtype)
         return out
-    view.gather(ids.data_ptr(), id_dtype, ids.numel(), policy_code, out.data_ptr(), out_dtype, view.cols)
+    view.gather(ids.data_ptr(), id_dtype, ids.numel(), policy_code, out.data_ptr(), out_dtype, cols)
     return out if padding_id is None else out.masked_fill_((ids == padding_id)[..., None], 0)
 
 

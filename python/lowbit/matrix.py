@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Sequence
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lowbit import _C, abi
 from lowbit import ops as _ops  # noqa: F401  (registers torch.ops.lowbit, which the verbs use while torch compiles)
@@ -53,14 +51,13 @@ class PackedMatrix:
         self._tensors = (codes, scales, zeros, perm)
         self._matrix = matrix_view(*self._tensors, self.layout)
         abi.check_matrix(self._matrix, *self._tensors, self.layout, bool(validate))
-        _matrices[codes] = weakref.ref(self)
+        abi.remember(self, codes)
 
-    @classmethod
-    def of(cls, codes: torch.Tensor) -> PackedMatrix | None:
-        """The matrix that a tensor object is the codes of, while there is one: who ties two weights by assigning the
-        codes alone ties the matrices."""
-        found = _matrices.get(codes)
-        return None if found is None else found()
+    @staticmethod
+    def of(codes: torch.Tensor) -> PackedMatrix | None:
+        """The last matrix made over a tensor object as its codes, while there is one: who ties two weights by assigning
+        the codes alone ties the matrices."""
+        return abi.recall(codes)
 
     # -- pack ----------------------------------------------------------------------------------------------------
 
@@ -573,11 +570,7 @@ class PackedMatrix:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        _matrices[self.codes] = weakref.ref(self)
-
-
-# The last matrix made over each tensor of codes.
-_matrices: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        abi.remember(self, self.codes)
 
 
 def matmul_group(x, matrices, biases=None, activations="float") -> list[torch.Tensor]:

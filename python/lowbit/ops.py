@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 from lowbit import abi
-from lowbit.abi import Layout, matrix_view
 
 _MATRIX = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? perm"
 _LAYOUT = "str format, int cols, int group_size"
@@ -38,7 +37,7 @@ def _implements(name: str):
 
 @_implements("matmul")
 def _matmul(x, codes, scales, zeros, perm, bias, format, cols, group_size, activations):
-    view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
+    view = abi.known_view(codes, scales, zeros, perm, format, cols, group_size)
     return abi.matmul(view, x, bias, activations)
 
 
@@ -50,7 +49,7 @@ def _matmul_fake(x, codes, scales, zeros, perm, bias, format, cols, group_size, 
 
 @_implements("gather")
 def _gather(ids, codes, scales, zeros, perm, format, cols, group_size, dtype, policy, padding_id=None):
-    view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
+    view = abi.known_view(codes, scales, zeros, perm, format, cols, group_size)
     return abi.gather(view, ids, dtype, policy, padding_id)
 
 
@@ -76,7 +75,7 @@ def _bags(
     padding_id=None,
     weights=None,
 ):
-    view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
+    view = abi.known_view(codes, scales, zeros, perm, format, cols, group_size)
     return abi.gather_bags(view, ids, offsets, dtype, mode, policy, padding_id, weights)
 
 
@@ -102,7 +101,7 @@ def _bags_fake(
 
 @_implements("unpack")
 def _unpack(codes, scales, zeros, perm, format, cols, group_size, dtype):
-    view = matrix_view(codes, scales, zeros, perm, Layout(format, cols, group_size))
+    view = abi.known_view(codes, scales, zeros, perm, format, cols, group_size)
     return abi.unpack(view, 0, codes.shape[0], dtype)
 
 
@@ -156,8 +155,9 @@ def _bags_backward(ctx, grad):
 
 torch.library.register_autograd("lowbit::gather_bags", _bags_backward, setup_context=_bags_setup, lib=library)
 
-# Gather and unpack read frozen integers: no input has a gradient.
-for _name, _inputs in (("gather", 11), ("unpack", 8)):
-    torch.library.register_autograd(f"lowbit::{_name}", lambda ctx, grad, _count=_inputs: (None,) * _count, lib=library)
+# Gather and unpack read frozen integers: no input has a gradient, and passing through costs nothing (a function that
+# says so would cost as much as a lookup).
+for _name in ("gather", "unpack"):
+    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 __all__ = ["library"]
