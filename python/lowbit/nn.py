@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lowbit import abi
 from lowbit.abi import ACTIVATIONS, BAG_MODES, ID_DTYPES, ID_POLICIES, Layout, lookup, normalise_group_size
 from lowbit.matrix import PackedMatrix, require_finite
-from lowbit.shared_input import SharedInput, note
 from lowbit.ternary import ActivationQuant, WeightQuant, weight_quant
 
 _SIDE_TENSORS = ("weight_scale", "weight_zero", "weight_perm")
@@ -235,8 +234,6 @@ class Linear(PackedModule):
 
     activations: "float" (16-bit fixed point per group, error about 4e-5 of the product) or "int8".
     rms_norm: an RMSNorm that x passes first (as some BitNet layers have), or None; assign it.
-    shares_input: whether layers that are seen to read the same tensor one after another may be computed together, on
-        the CPU (`lowbit.shared_input`); results are the same.
     Gradients flow to x and bias; a packed weight is frozen.
     """
 
@@ -250,8 +247,6 @@ class Linear(PackedModule):
             bias = nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", bias)
         self.rms_norm: RMSNorm | None = None
-        self.shares_input = True
-        self.shared_input: SharedInput | None = None
 
     @classmethod
     def from_packed(cls, packed: PackedMatrix, bias: Tensor | None = None, activations: str = "float") -> Linear:
@@ -278,12 +273,7 @@ class Linear(PackedModule):
             self._require_weight()
             return self._float_product(x, bias)
         if abi.runs_eagerly(x, bias):
-            if self.shared_input is not None and not x.is_inference():
-                return self.shared_input.product(self, x)
-            y = abi.matmul(self.packed._view, x, bias, self.activations)
-            if self.shares_input and self.rms_norm is None:
-                note(self, x)
-            return y
+            return abi.matmul(self.packed._view, x, bias, self.activations)
         return torch.ops.lowbit.matmul(
             x, *self._checked_tensors(), bias, layout.format, layout.cols, layout.group_size, self.activations
         )
