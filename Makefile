@@ -113,7 +113,7 @@ wheel: $(READY)  ## dist/lowbit-*.whl
 	rm -rf dist
 	$(PY) -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir dist \
 	  --config-settings build-dir=build/wheel --config-settings cmake.define.LOWBIT_TESTS=$(TESTS) \
-	  --config-settings cmake.define.LOWBIT_CUDA=$(CUDA)
+	  --config-settings cmake.define.LOWBIT_CUDA=$(CUDA) --config-settings cmake.define.LOWBIT_MICROBENCH=$(TESTS)
 
 site: wheel
 	rm -rf $(SITE)

@@ -63,9 +63,9 @@ std::vector<int64_t> random_ids(int64_t count) {
   return ids;
 }
 
-void matmul(benchmark::State& state, int bits, MatmulKernel kernel, int64_t tokens, bool int8_mode, bool dram) {
-  const Matrices& w = matrices(bits, dram);
-  const Activated x(bits, tokens, int8_mode);
+void matmul(benchmark::State& state, Kernel row, MatmulKernel kernel, int64_t tokens, bool int8_mode, bool dram) {
+  const Matrices& w = matrices(row.bits, dram);
+  const Activated x(row.bits, tokens, int8_mode, row.isa);
   x.quantize(activations__ref);
   const Pages out(size_t(tokens * kRowBlock * 4));
   Meter meter;
@@ -111,8 +111,8 @@ void bags(benchmark::State& state, int bits, BagsKernel kernel, bool dram) {
   meter.report(state, double(w.bytes()) * rows, 2.0 * kIds * kCols, double(w.lines()) * rows);
 }
 
-void activations(benchmark::State& state, ActivationsKernel kernel, int64_t tokens, bool int8_mode) {
-  const Activated x(4, tokens, int8_mode);
+void activations(benchmark::State& state, Isa isa, ActivationsKernel kernel, int64_t tokens, bool int8_mode) {
+  const Activated x(4, tokens, int8_mode, isa);
   Meter meter;
   for (auto _ : state) {
     x.quantize(kernel);
@@ -142,7 +142,7 @@ void add_variants(Is<Verb::matmul>, const Kernel& row, MatmulKernel kernel) {
     for (const int64_t tokens : {1, 16})
       for (const bool int8_mode : {false, true})
         add(row, "tokens:" + std::to_string(tokens) + "/" + mode(int8_mode) + "/" + where(dram),
-            [=](benchmark::State& state) { matmul(state, row.bits, kernel, tokens, int8_mode, dram); });
+            [=](benchmark::State& state) { matmul(state, row, kernel, tokens, int8_mode, dram); });
 }
 
 void add_variants(Is<Verb::gather>, const Kernel& row, GatherKernel kernel) {
@@ -161,7 +161,7 @@ void add_variants(Is<Verb::activations>, const Kernel& row, ActivationsKernel ke
   for (const int64_t tokens : {1, 16})
     for (const bool int8_mode : {false, true})
       add(row, "tokens:" + std::to_string(tokens) + "/" + mode(int8_mode),
-          [=](benchmark::State& state) { activations(state, kernel, tokens, int8_mode); });
+          [=](benchmark::State& state) { activations(state, row.isa, kernel, tokens, int8_mode); });
 }
 
 void add_variants(Is<Verb::store>, const Kernel& row, StoreKernel kernel) {

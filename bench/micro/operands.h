@@ -114,14 +114,14 @@ inline const Matrices& matrices(int bits, bool dram) {
   return *held;
 }
 
-// Activations of a product with a matrix of `bits`, in the layout that so many tokens get, and the floats they come
+// Activations of a product with a matrix of `bits`, in the layout that so many tokens get at a level, and the floats they come
 // from. quantize() fills them.
 class Activated {
  public:
-  Activated(int bits, int64_t tokens, bool int8_mode) : source_(random_floats(tokens * kCols)) {
+  Activated(int bits, int64_t tokens, bool int8_mode, lowbit::Isa isa) : source_(random_floats(tokens * kCols)) {
     const bool trit = bits == lowbit::kTrit;
     const int64_t padding = trit ? 640 : 512;
-    view_.layout = lowbit::select_layout(tokens);
+    view_.layout = lowbit::select_layout(bits, tokens, isa);
     view_.tokens = tokens;
     view_.cols = kCols;
     view_.cols_padded = lowbit::ceil_div(kCols, padding) * padding;

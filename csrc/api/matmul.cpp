@@ -43,10 +43,10 @@ struct Group {
 struct Prepared {
   Activations x;
   const int32_t* perm;
+  int format;  // decides on padding, steps and layout
 
   bool serves(const Prepared& other) const {
-    return perm == other.perm && x.chunk == other.x.chunk && x.cols_padded == other.x.cols_padded &&
-           x.token_step == other.x.token_step;
+    return perm == other.perm && format == other.format && x.chunk == other.x.chunk;
   }
 };
 
@@ -70,6 +70,7 @@ struct Scratch {
       Prepared wanted{};
       Activations& x = wanted.x;
       wanted.perm = w.perm;
+      wanted.format = w.format;
       x.cols = w.cols;
       x.cols_padded = ceil_div(w.cols, padding(w.format)) * padding(w.format);
       x.chunk = chunk_size(w.format, w.cols, w.group_size);
@@ -171,13 +172,13 @@ void multiply(Group& group, Scratch& scratch, const void* x, lowbit_dtype dtype,
     for (int p = 0; p < scratch.count; p++) {
       Prepared& prepared = scratch.prepared[p];
       prepared.x.tokens = batch;
-      prepared.x.layout = select_layout(batch, isa);
+      prepared.x.layout = select_layout(prepared.format, batch, isa);
       const int64_t grain = prepared.x.layout == Activations::kTiles ? kLanes : 1;
       parallel_for(batch, grain, batch * prepared.x.cols < (1 << 15), [&](int64_t begin, int64_t end) {
         quantize(from, dtype, x_stride, prepared.perm, begin, end, &prepared.x);
       });
     }
-    parallel_for(range, kRowGrain, weights * batch < kSerialWork, [&](int64_t begin, int64_t end) {
+    parallel_for_helping(range, kRowGrain, kRowBlock, weights * batch < kSerialWork, [&](int64_t begin, int64_t end) {
       each_part(group, begin, end, [&](int i, int64_t n0, int64_t n1) {
         const Product& product = group.products[i];
         const Output to{product.y + first * product.y_stride * dtype_bytes(dtype), dtype, product.y_stride};
@@ -209,12 +210,14 @@ size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_ac
   return lowbit_matmul_group_workspace(&product, 1, tokens, activations);
 }
 
-lowbit_status lowbit_matmul_batching(int64_t* batch, int64_t* tiles_from) {
+lowbit_status lowbit_matmul_batching(lowbit_format format, int64_t* batch, int64_t* tiles_from) {
+  if (!is_format(format))
+    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", int(format));
   if (!batch || !tiles_from) return fail(LOWBIT_INVALID_ARGUMENT, "batch and tiles_from: expected pointers, got NULL");
   Isa isa;
   LOWBIT_TRY(allowed_isa(&isa));
   *batch = kTokenBatch;
-  *tiles_from = tile_tokens(isa);
+  *tiles_from = tile_tokens(format, isa);
   return LOWBIT_OK;
 }
 

@@ -27,7 +27,7 @@
 #define LOWBIT_CPU_MATMUL_AMX_H
 
 #include "cpu/amx_tiles.h"
-#include "cpu/matmul_avx512vnni.h"
+#include "cpu/stage_avx512.h"
 
 namespace lowbit {
 namespace {
@@ -77,26 +77,6 @@ LOWBIT_INLINE void end_sums(int32_t* sums) {
   }
 }
 
-// Columns [k, k + kStage) of a row to bytes.
-template <int kBits, int64_t kStage>
-struct StageDecoder {
-  LOWBIT_INLINE void decode(const uint8_t* row, int64_t cols, int64_t k, uint8_t* to) const {
-    decode_planes<kBits, int(kStage / 64)>(row, k / 64, stored_planes<kBits>(cols), to);
-  }
-};
-
-template <int64_t kStage>
-struct StageDecoder<kTrit, kStage> {
-  const TritDecoder trits;
-
-  // Bytes beyond the row stay what they were: its digits are zero there.
-  LOWBIT_INLINE void decode(const uint8_t* row, int64_t cols, int64_t k, uint8_t* to) const {
-    constexpr int64_t kLineCodes = 64 * kTritPlanes, kMost = kStage / kLineCodes;
-    const int64_t line = k / kLineCodes, lines = row_lines(kTrit, cols) - line;
-    decode_trits(trits, row, line, lines < kMost ? lines : kMost, to);
-  }
-};
-
 // The transpose of 16 x 16.
 LOWBIT_INLINE void transpose(__m512 (&r)[16]) {
   __m512 pairs[16], fours[16];
@@ -121,6 +101,12 @@ LOWBIT_INLINE void transpose(__m512 (&r)[16]) {
     r[12 + j] = _mm512_shuffle_f32x4(odd0, odd1, 0xDD);
   }
 }
+
+// Columns decoded at a time: at most 512 (trits, whose lines hold 320: 640), and those of 16 chunks.
+template <int kBits, int kChunk>
+constexpr int64_t kTileCodes = kBits == kTrit      ? 640
+                               : kChunk * 16 < 512 ? kChunk * 16
+                                                   : 512;
 
 // 32 rows of W by up to two tiles of tokens.
 template <int kBits, int kChunk, bool kTwoDigits>

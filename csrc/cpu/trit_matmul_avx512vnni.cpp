@@ -4,7 +4,8 @@
 // once. A line of 320 weights costs 11 operations to decode (planes_avx512.h) and 5 vpdpbusd, 10 with two digits. On
 // Zen 4 probably bound by the pipes that vpmaddubsw, vpermb and vpdpbusd share: 3.9 and 5.6 ns a line from L2, one
 // thread, a clock between 2.2 and 3.4 GHz; where those pipes or the clock allow it, by the memory.
-// Groups of columns with scales of their own, and tiles of 16 tokens, are those of matmul_avx512vnni.h.
+// Groups of columns with scales of their own and tiles of 16 tokens take the loops of all formats (rows_avx512vnni.h,
+// tiles_avx512vnni.h).
 #include "cpu/matmul_avx512vnni.h"
 
 namespace lowbit {

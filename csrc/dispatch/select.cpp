@@ -68,13 +68,18 @@ template lowbit_status select<Verb::store>(int, StoreKernel*);
 template lowbit_status select<Verb::solve>(int, SolveKernel*);
 template lowbit_status select<Verb::bags>(int, BagsKernel*);
 
-// Below so many tokens the idle lanes of a tile cost more than row kernels do. 12 is measured (a crossover at 11 to 13).
+// Below so many tokens the idle lanes of a tile cost more than row kernels do. Measured for avx512vnni (Zen 4, matrices
+// from DRAM: int8 is level at 5 tokens, int4 at 7, the others at 8 in float mode and 10 in int8 mode) and avx2 (11 to 13).
 // AMX's 6 is an estimate from the instructions: a tile's products, sums and decoding take the time of about 3 tokens of
 // the row kernel out of the caches, and as long as rows come from memory it is bound by that up to about 6.
-int64_t tile_tokens(Isa isa) { return isa == Isa::amx ? kLeastTileTokens : 12; }
+int64_t tile_tokens(int format, Isa isa) {
+  if (isa == Isa::amx) return 6;
+  if (isa != Isa::avx512vnni) return 12;
+  return format == LOWBIT_INT8 ? kLeastTileTokens : format == LOWBIT_INT4 ? 7 : 9;
+}
 
-Activations::Layout select_layout(int64_t tokens, Isa isa) {
-  return tokens >= tile_tokens(isa) ? Activations::kTiles : Activations::kRows;
+Activations::Layout select_layout(int format, int64_t tokens, Isa isa) {
+  return tokens >= tile_tokens(format, isa) ? Activations::kTiles : Activations::kRows;
 }
 
 }  // namespace lowbit

@@ -41,8 +41,8 @@ template <Verb V>
 lowbit_status select(int bits, typename KernelOf<V>::Type* kernel);
 
 // The number of tokens from which the activations of a product lie as tiles of 16 tokens, and the layout that follows.
-int64_t tile_tokens(Isa isa);
-Activations::Layout select_layout(int64_t tokens, Isa isa);
-constexpr int64_t kLeastTileTokens = 6;  // tile_tokens of any level
+int64_t tile_tokens(int format, Isa isa);
+Activations::Layout select_layout(int format, int64_t tokens, Isa isa);
+constexpr int64_t kLeastTileTokens = 5;  // tile_tokens of any format and level
 
 }  // namespace lowbit

@@ -105,8 +105,8 @@ def kernel_choices() -> dict[str, Any]:
 
     "kernels": a dict for each verb and format: "verb", "format", "kernel" (the one selected) and "rows", every row of
     the table for them, best first: "name" and "why", "" for the selected one, else why it is not.
-    "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", the number from
-    which activations lie as tiles of 16 tokens; below it as rows.
+    "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", by format the number
+    from which activations lie as tiles of 16 tokens; below it as rows.
     """
     import torch  # noqa: F401  before _C, see above
 
@@ -126,8 +126,10 @@ def kernel_choices() -> dict[str, Any]:
                     "rows": [{"name": row, "why": _why_not(row, selected, rows)} for row in rows],
                 }
             )
-    batch, tiles_from = _C.matmul_batching()
-    return {"kernels": choices, "matmul_tokens": {"batch": batch, "tiles_from": tiles_from}}
+    batching = {name: _C.matmul_batching(bits) for name, bits in _verbs()["matmul"].items()}
+    tokens = {"batch": max(batch for batch, _ in batching.values())}
+    tokens["tiles_from"] = {name: tiles_from for name, (_, tiles_from) in batching.items()}
+    return {"kernels": choices, "matmul_tokens": tokens}
 
 
 def _verbs() -> dict[str, dict[str, int]]:

@@ -212,8 +212,9 @@ int main() {
   CHECK(!lowbit_isa_missing("sse9") && !lowbit_isa_missing(nullptr), "levels that there are not");
   CHECK(!strcmp(lowbit_isa_missing("ref"), ""), "%s", lowbit_isa_missing("ref"));
   int64_t batch = 0, tiles_from = 0;
-  REFUSED(lowbit_matmul_batching(nullptr, &tiles_from), bad, "batch");
-  CHECK(lowbit_matmul_batching(&batch, &tiles_from) == LOWBIT_OK && 1 < tiles_from && tiles_from < batch,
+  REFUSED(lowbit_matmul_batching(LOWBIT_INT4, nullptr, &tiles_from), bad, "batch");
+  REFUSED(lowbit_matmul_batching(lowbit_format(5), &batch, &tiles_from), bad, "format");
+  CHECK(lowbit_matmul_batching(LOWBIT_INT4, &batch, &tiles_from) == LOWBIT_OK && 1 < tiles_from && tiles_from < batch,
         "batches of %ld, tiles from %ld", long(batch), long(tiles_from));
   REFUSED(lowbit_set_threads(-1), bad, "threads");
 

@@ -259,6 +259,8 @@ int main() {
     test_matmul({bits, 131, 384, 128, may_have_zeros, false, 0, LOWBIT_F16, false}, isas, {33, 32, 31, 16, 1},
                 LOWBIT_BF16, false);
     test_matmul({bits, 1, 256, 64, false, true, 0, LOWBIT_F32, false}, isas, {16, 1}, LOWBIT_F16, false);
+    // Rows longer than what kernels keep decoded for later tiles.
+    test_matmul({bits, 9, 15489, 128, may_have_zeros, false, 0, LOWBIT_F16, false}, isas, {49, 1}, LOWBIT_F32, false);
     test_matmul({bits, 67, 130, -1, false, false, 1, LOWBIT_BF16, false}, isas, {300, 257, 256, 1}, LOWBIT_F32, false);
   }
   // Ternary rows that end in a line, a pair of lines and the stages that kernels decode at a time; rows of several

@@ -31,12 +31,12 @@ void test_choice() {
   CHECK(!lowbit_isa_missing("sse9"), "%s", lowbit_isa_missing("sse9"));
   struct {
     const char *isa, *matmul, *gather;
-    int64_t tiles_from;
-  } const wanted[] = {{"auto", "amx", "avx512vnni", 6},
-                      {"amx", "amx", "avx512vnni", 6},
-                      {"avx512vnni", "avx512vnni", "avx512vnni", 12},
-                      {"avxvnni", "avxvnni", "avx2", 12},
-                      {"avx2", "avx2", "avx2", 12}};
+    int64_t tiles_from, of_int4, of_int8;  // of trit, int2 and int3
+  } const wanted[] = {{"auto", "amx", "avx512vnni", 6, 6, 6},
+                      {"amx", "amx", "avx512vnni", 6, 6, 6},
+                      {"avx512vnni", "avx512vnni", "avx512vnni", 9, 7, 5},
+                      {"avxvnni", "avxvnni", "avx2", 12, 12, 12},
+                      {"avx2", "avx2", "avx2", 12, 12, 12}};
   for (const auto& level : wanted) {
     CHECK(lowbit_set_isa(level.isa) == LOWBIT_OK, "%s", lowbit_last_error());
     for (const int bits : {lowbit::kTrit, 2, 3, 4, 8}) {
@@ -44,10 +44,11 @@ void test_choice() {
       const std::string gather = lowbit_selected_kernel("gather", lowbit_format(bits));
       CHECK(matmul == format_name(bits) + "_matmul__" + level.matmul, "%s at %s", matmul.c_str(), level.isa);
       CHECK(gather == format_name(bits) + "_gather__" + level.gather, "%s at %s", gather.c_str(), level.isa);
+      int64_t batch = 0, tiles_from = 0;
+      const int64_t expected = bits == 8 ? level.of_int8 : bits == 4 ? level.of_int4 : level.tiles_from;
+      CHECK(lowbit_matmul_batching(lowbit_format(bits), &batch, &tiles_from) == LOWBIT_OK, "%s", lowbit_last_error());
+      CHECK(batch == 256 && tiles_from == expected, "%s of %d bits: tiles from %ld", level.isa, bits, long(tiles_from));
     }
-    int64_t batch = 0, tiles_from = 0;
-    CHECK(lowbit_matmul_batching(&batch, &tiles_from) == LOWBIT_OK, "%s", lowbit_last_error());
-    CHECK(batch == 256 && tiles_from == level.tiles_from, "%s: tiles from %ld", level.isa, long(tiles_from));
   }
 }
 

@@ -50,7 +50,9 @@ def test_kernel_choices_of_this_machine():
         for row in choice["rows"]:
             missing = _C.isa_missing(row["name"].partition("__")[2])
             assert missing == "" or row["why"] == missing
-    assert choices["matmul_tokens"] == dict(zip(("batch", "tiles_from"), _C.matmul_batching(), strict=True))
+    tokens = choices["matmul_tokens"]
+    assert set(tokens["tiles_from"]) == {"int2", "int3", "int4", "int8", "trit"}
+    assert (tokens["batch"], tokens["tiles_from"]["int4"]) == _C.matmul_batching(4)
 
 
 def test_kernel_choices_in_words(isa, monkeypatch):
@@ -191,8 +193,8 @@ def test_command_kernels(capsys):
     out = capsys.readouterr().out
     for name, _ in _C.kernels():
         assert name in out
-    batch, tiles_from = _C.matmul_batching()
-    assert f"1 to {tiles_from - 1} tokens lie as rows" in out and f"at most {batch} tokens" in out
+    batch, tiles_from = _C.matmul_batching(8)
+    assert f"int8 {tiles_from}" in out and f"at most {batch} tokens" in out
 
 
 @pytest.mark.parametrize("isa, code", [("ref", 0), ("avx9", 1)])

@@ -145,9 +145,9 @@ LOWBIT_API lowbit_status lowbit_unpack(const lowbit_matrix* w, int64_t row_begin
 /* Bytes of scratch that lowbit_matmul needs for `tokens` tokens, 64-byte aligned. */
 LOWBIT_API size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_activations activations);
 
-/* How lowbit_matmul takes tokens at the allowed level: at most *batch at a time, whose activations lie as tiles of 16
- * tokens from *tiles_from tokens on, and as rows below. */
-LOWBIT_API lowbit_status lowbit_matmul_batching(int64_t* batch, int64_t* tiles_from);
+/* How lowbit_matmul takes tokens for a format at the allowed level: at most *batch at a time, whose activations lie as
+ * tiles of 16 tokens from *tiles_from tokens on, and as rows below. */
+LOWBIT_API lowbit_status lowbit_matmul_batching(lowbit_format format, int64_t* batch, int64_t* tiles_from);
 
 /* y[m][n] = sum_k x[m][k] * W[n][k] + bias[n]; x [tokens][cols], y [tokens][rows] of the same dtype (f32, f16,
  * bf16), strides in elements; bias [rows] of any float dtype or NULL. Any tokens >= 0. workspace NULL: allocated

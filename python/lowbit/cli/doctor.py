@@ -71,10 +71,11 @@ def _show_choices(terminal: Terminal, choices: dict) -> None:
             for row in choice["rows"]
         ],
     )
-    batch, tiles_from = choices["matmul_tokens"]["batch"], choices["matmul_tokens"]["tiles_from"]
+    batch = choices["matmul_tokens"]["batch"]
+    tiles_from = ", ".join(f"{name} {tokens}" for name, tokens in choices["matmul_tokens"]["tiles_from"].items())
     terminal.print()
     terminal.line(
         "matmul",
-        f"activations of 1 to {tiles_from - 1} tokens lie as rows, of {tiles_from} and more as tiles of 16 tokens; "
+        f"activations lie as rows, from so many tokens on as tiles of 16: {tiles_from}; "
         f"at most {batch} tokens at a time",
     )
