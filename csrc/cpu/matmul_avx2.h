@@ -9,7 +9,8 @@
 //
 // kRows: one row of W against 1 or 2 tokens, 16 chunks a block, a transposing add of 8 registers. Bound by issue slots:
 // for 32 codes and a digit AVX2 takes 2 vpmaddubsw and about 2 more operations, AVX-VNNI one vpdpbusd and its load.
-// kTiles: 4 rows are decoded to bytes in L1, 512 columns at a time, and meet 8 tokens in the lanes at a time.
+// kTiles: 4 rows are decoded to bytes in L1, 512 columns at a time, and meet the two digits of 8 tokens in the lanes, or
+// the one of 16.
 #ifndef LOWBIT_CPU_MATMUL_AVX2_H
 #define LOWBIT_CPU_MATMUL_AVX2_H
 
@@ -221,7 +222,7 @@ void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64
 
 // ---- many tokens: tiles ----
 
-constexpr int kTileRows = 4;  // rows of W that share a load of digits: 8 accumulators with two digits
+constexpr int kTileRows = 4;  // rows of W that share two loads of digits: 8 accumulators
 
 // Columns decoded at a time.
 template <int kBits, int kChunk>
@@ -278,8 +279,10 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
   alignas(32) float scales[R][kSlots];
   alignas(32) int32_t zeros[R][kSlots];
   const ChunkGrid grid(w, kChunk);
-  const int8_t* high = (kTwoDigits ? x->high : x->low) + tile * kLanes * x->cols_padded;
+  // Two streams of digits: of 8 tokens both digits, or the only one of all 16 tokens. The second begins here.
+  constexpr int kHalves = kTwoDigits ? 1 : 2;
   const int8_t* low = x->low + tile * kLanes * x->cols_padded;
+  const int8_t* second = kTwoDigits ? x->high + tile * kLanes * x->cols_padded : low + 8 * 4;
   memset(slots, 0, sizeof slots);
 
   for (int64_t c = 0; c < x->chunks; c++) {
@@ -294,32 +297,36 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
     const int64_t end = (c + 1) * kChunk < x->cols ? (c + 1) * kChunk : x->cols;
     for (int64_t k = c * kChunk; k < end; k += kRun) {  // once, but for a chunk wider than a stage
       if (k % kStage == 0) decode_stage<kBits, kStage>(w, rows, k, codes);
-      for (int t = 0; t < kLanes; t += 8) {
-        __m256i total[R];
-        for (int r = 0; r < R; r++) total[r] = load32(totals[t / 8][r]);
+      for (int t = 0; t < kLanes; t += 8 * kHalves) {
+        __m256i total[kHalves][R];
+        for (int h = 0; h < kHalves; h++)
+          for (int r = 0; r < R; r++) total[h][r] = load32(totals[t / 8 + h][r]);
         for (int p = 0; p < kParts<kBits>; p++) {
           for (int first = 0; first < kRun; first += kSum) {
-            __m256i h[R], l[R];
-            for (int r = 0; r < R; r++) h[r] = l[r] = _mm256_setzero_si256();
+            __m256i sums[R][2];
+            for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
             const uint8_t* code = codes[p][0] + k % kStage + first;
             const int64_t at = (k + first) * kLanes + t * 4;
             for (int i = 0; i < kSum; i += 4) {
-              const __m256i dl = load32(low + at + i * kLanes), dh = kTwoDigits ? load32(high + at + i * kLanes) : dl;
+              const __m256i d0 = load32(low + at + i * kLanes), d1 = load32(second + at + i * kLanes);
               for (int r = 0; r < R; r++) {
                 int32_t four_codes;
                 memcpy(&four_codes, code + r * kStage + i, 4);
                 const __m256i four = _mm256_set1_epi32(four_codes);
-                if (kTwoDigits) add_products(h[r], four, dh);
-                add_products(l[r], four, dl);
+                add_products(sums[r][0], four, d0);
+                add_products(sums[r][1], four, d1);
               }
             }
             for (int r = 0; r < R; r++) {
-              total[r] = add_weighted(total[r], l[r], p ? 16 : 1);
-              if (kTwoDigits) total[r] = add_weighted(total[r], h[r], p ? 4096 : 256);
+              total[0][r] = add_weighted(total[0][r], sums[r][0], p ? 16 : 1);
+              __m256i& other = total[kHalves - 1][r];
+              other = add_weighted(other, sums[r][1], (p ? 16 : 1) * (kTwoDigits ? 256 : 1));
             }
           }
         }
-        for (int r = 0; r < R; r++) _mm256_store_si256(reinterpret_cast<__m256i*>(totals[t / 8][r]), total[r]);
+        for (int h = 0; h < kHalves; h++)
+          for (int r = 0; r < R; r++)
+            _mm256_store_si256(reinterpret_cast<__m256i*>(totals[t / 8 + h][r]), total[h][r]);
       }
     }
     for (int t = 0; t < kLanes; t += 8) {
