@@ -325,8 +325,7 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
           }
         }
         for (int h = 0; h < kHalves; h++)
-          for (int r = 0; r < R; r++)
-            _mm256_store_si256(reinterpret_cast<__m256i*>(totals[t / 8 + h][r]), total[h][r]);
+          for (int r = 0; r < R; r++) _mm256_store_si256(reinterpret_cast<__m256i*>(totals[t / 8 + h][r]), total[h][r]);
       }
     }
     for (int t = 0; t < kLanes; t += 8) {
