@@ -2,10 +2,10 @@
 
     python bench/hessian.py [--cols 4096] [--tokens 2048] [--threads 2] [--json]
 
-Inputs are bf16, as those of a bf16 model are, so either way every product is exact; the ways differ in speed and in how the
-sums round. "float32" is lowbit.quantize.hessian as it is. "bf16, float32 sums" is the same code while torch lets oneDNN
-take float32 operands as bf16. "bf16" is torch's product of bf16 tensors, whose result is bf16. Errors are against
-float64, relative to the norm, of the first 512 rows. Medians of --rounds rounds in turn.
+Inputs are bf16, as those of a bf16 model are, so every product is exact either way; the ways differ in speed and in how
+the sums round. "float32" is lowbit.quantize.hessian as it is. "bf16, float32 sums" is the same code while torch lets
+oneDNN take float32 operands as bf16. "bf16" is torch's product of bf16 tensors, whose result is bf16. Errors are
+against float64, relative to the norm, of the first 512 rows. Medians of --rounds rounds in turn.
 """
 
 from __future__ import annotations
