@@ -17,6 +17,7 @@ class Library:
         self.name = module
         self.held: dict[str, object] = {}
         self.calls: dict[tuple, list] = {}  # (subject, size, case) -> thunks, so that a round only times
+        self.matrices: dict[tuple, int] = {}  # of each such call: graphs of several products may differ by tokens
         self.position: dict[tuple, int] = {}
         self.kernels: dict[tuple, str] = {}  # that the last call of a slice of products ran
 
@@ -59,6 +60,7 @@ class Library:
     def release(self) -> None:
         self.held.clear()
         self.calls.clear()
+        self.matrices.clear()
         self.position.clear()
         self.kernels.clear()
         gc.collect()
@@ -71,7 +73,8 @@ class Library:
         held = self.held[name]
         key = (name, tokens, case)
         calls = self._calls(key, lambda: held.calls(tokens) if case == "dram" else [held.warm(tokens)])
-        taken = self._slice(key, calls, seconds, held.matrices_per_call if case == "dram" else 1)
+        self.matrices.setdefault(key, held.matrices_per_call if case == "dram" else 1)
+        taken = self._slice(key, calls, seconds, self.matrices[key])
         if hasattr(self.module, "last_kernel"):
             self.kernels[key] = self.module.last_kernel("matmul")
         return taken

@@ -14,6 +14,7 @@ sys.path.insert(0, str(BENCH))
 import harness  # noqa: E402
 import table  # noqa: E402
 from peers import llama_cpp  # noqa: E402
+from worker import Library  # noqa: E402
 
 from lowbit import _C  # noqa: E402
 
@@ -347,6 +348,23 @@ def test_a_matmul_subject_answers_every_question(module, name, largest_error):
         library.ask("release")
         with pytest.raises(harness.WorkerError, match="KeyError"):
             library.ask("error", name=name, tokens=3)
+
+
+def test_a_call_of_several_products_is_divided_by_their_number(monkeypatch):
+    """Also when another number of tokens, whose graph holds other products, was measured in between."""
+
+    class Graph:
+        matrices_per_call = 0
+
+        def calls(self, tokens):
+            self.matrices_per_call = 10 if tokens == 1 else 2
+            return [lambda: None]
+
+    monkeypatch.setattr(harness, "time_slice", lambda calls, position, seconds, warm_up: ([1.0], position))
+    library = Library("no library")
+    library.module, library.held = None, {"graph": Graph()}
+    taken = [library.matmul("graph", tokens, "dram", seconds=0.0) for tokens in (1, 16, 1)]
+    assert taken == [[0.1], [0.5], [0.1]]
 
 
 def test_a_gather_subject_answers_every_question():
