@@ -189,7 +189,7 @@ def document(
 ) -> dict:
     """The result file's contents; table.py, compare.py and plot.py read this.
 
-    left_out: what there was no time for, as rows are described. multiply_gops: of the vector units, by type.
+    left_out: what there was no time for, as rows are described. multiply_gops: of the vector and tile units, by kind.
     """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {
@@ -239,7 +239,7 @@ def multiply_rates(threads: int) -> dict[str, float]:
     """10^9 operations a second that the vector units do on registers alone, by type; without those they lack."""
     from lowbit import _C
 
-    rates = {kind: _C.multiply_rate(kind, threads) for kind in ("int8", "bf16")}
+    rates = {kind: _C.multiply_rate(kind, threads) for kind in ("int8", "bf16", "tiles")}
     return {kind: round(rate, 1) for kind, rate in rates.items() if rate > 0}
 
 

@@ -2,12 +2,15 @@
 // Chains of one instruction that do not wait for each other, enough of them to cover its latency on every port:
 //   int8  vpdpbusd on 512 bits with AVX-512 VNNI; vpmaddubsw, vpmaddwd and vpaddd, which stand for it, with AVX2
 //   bf16  vdpbf16ps on 512 bits with AVX-512 BF16; nothing stands for it elsewhere
-// The instructions are those of the kernels here; matrix tiles (AMX) are a third kind of unit, which nothing here uses.
+//   tiles TDPBUSD, 16 x 64 by 64 x 16 bytes, with AMX: two A by two B tiles into four C, as the kernels hold them
+// The instructions are those of the kernels here.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
 
 #include "api/status.h"
+#include "cpu/amx_tiles.h"
+#include "dispatch/isa.h"
 #include "dispatch/parallel.h"
 
 #if defined(__x86_64__)
@@ -81,6 +84,31 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void multiply_bf
   for (int j = 0; j < kChains; j++) LOWBIT_OPAQUE_ZMM(sums[j]);
 }
 
+// A tile instruction takes 16 cycles, and no machine's clock needs so many of them.
+#if defined(LOWBIT_SOFTWARE_TILES)
+constexpr int64_t kInstructionsForOne = kRounds;  // one round of stand-ins
+#else
+constexpr int64_t kInstructionsForOne = 8;
+#endif
+
+void multiply_tiles_amx(int64_t rounds) {
+  TileShapes shapes;
+  for (int tile = 0; tile < kTileRegisters; tile++)
+    shapes.rows[tile] = kMostTileRows, shapes.row_bytes[tile] = kMostTileBytes;
+  alignas(64) static const uint8_t bytes[kMostTileRows * kMostTileBytes] = {1, 2, 3};
+  configure_tiles(shapes);
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+  load_tile<4>(bytes, kMostTileBytes), load_tile<5>(bytes, kMostTileBytes);
+  load_tile<6>(bytes, kMostTileBytes), load_tile<7>(bytes, kMostTileBytes);
+  for (int64_t i = 0; i < rounds / kInstructionsForOne; i++) {
+    multiply_tiles<0, 4, 6>();
+    multiply_tiles<1, 4, 7>();
+    multiply_tiles<2, 5, 6>();
+    multiply_tiles<3, 5, 7>();
+  }
+  release_tiles();
+}
+
 Unit unit(const char* kind) {
   const bool avx512 =
       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -88,6 +116,8 @@ Unit unit(const char* kind) {
     if (avx512 && __builtin_cpu_supports("avx512vnni")) return {multiply_int8_avx512vnni, kChains * 64 * 2.0};
     if (__builtin_cpu_supports("avx2")) return {multiply_int8_avx2, kChains * 32 * 2.0};
   }
+  if (!strcmp(kind, "tiles") && offered(Isa::amx))
+    return {multiply_tiles_amx, 4.0 * kMostTileRows * kMostTileRows * kMostTileBytes * 2.0 / kInstructionsForOne};
   if (!strcmp(kind, "bf16") && avx512 && __builtin_cpu_supports("avx512bf16"))
     return {multiply_bf16_avx512, kChains * 32 * 2.0};
   return {nullptr, 0};

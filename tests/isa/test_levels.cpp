@@ -52,6 +52,11 @@ void test_choice() {
   }
 }
 
+// The probe of the tiles: shapes and registers that the stand-ins accept, and a rate.
+void test_tile_rate() {
+  CHECK(lowbit_multiply_rate("tiles", 1) > 0 && lowbit_multiply_rate("tiles", 2) > 0, "no rate of the tiles");
+}
+
 // The system keeps the tiles to itself: the level below is taken, and AMX is an error with the reason.
 void test_refused() {
   const std::string reason = lowbit_isa_missing("amx");
@@ -191,6 +196,7 @@ int main(int count, char** arguments) {
   test_choice();
   test_use_of_tiles();
   test_numbers_of_tokens();
+  test_tile_rate();
   test_faults();
   return check::finish("levels");
 }

@@ -320,6 +320,7 @@ def test_grid_refuses_ragged_lines():
 def test_multiply_rates_are_of_what_the_machine_has():
     features = _C.cpu_features().split()
     wanted = ["int8"] * ("avx2" in features) + ["bf16"] * ("avx512bf16" in features)
+    wanted += ["tiles"] * (_C.isa_missing("amx") == "")
     assert list(harness.multiply_rates(1)) == wanted
     for kind, threads in (("int4", 1), ("", 1), ("int8", 0), ("int8", -1), ("int8", 100_000)):
         assert _C.multiply_rate(kind, threads) == 0

@@ -331,9 +331,10 @@ LOWBIT_API const char* lowbit_last_kernel(const char* verb);
  * on huge pages, with `threads` threads. What bench rows call the probe. 0 when memory is short. */
 LOWBIT_API double lowbit_read_bandwidth(size_t bytes, int threads);
 
-/* Multiply rate of this machine's vector units in 10^9 operations a second (a multiplication and an addition are two),
+/* Multiply rate of this machine's vector or tile units in 10^9 operations a second (a multiplication and an addition are two),
  * with `threads` threads and everything in registers: the other side of a roofline. kind: "int8" (vpdpbusd, or what
- * AVX2 has for it) or "bf16" (vdpbf16ps). 0 for a kind that the machine lacks or that is no kind. Takes about 30 ms. */
+ * AVX2 has for it), "bf16" (vdpbf16ps) or "tiles" (TDPBUSD of AMX). 0 for a kind that the machine lacks or that is no
+ * kind. Takes about 30 ms. */
 LOWBIT_API double lowbit_multiply_rate(const char* kind, int threads);
 
 /* Threads the executor uses; 0 restores its default (OpenMP's, or the CPUs of this process). */
