@@ -114,8 +114,8 @@ inline const Matrices& matrices(int bits, bool dram) {
   return *held;
 }
 
-// Activations of a product with a matrix of `bits`, in the layout that so many tokens get at a level, and the floats they come
-// from. quantize() fills them.
+// Activations of a product with a matrix of `bits`, in the layout that so many tokens get at a level, and the floats they
+// come from. quantize() fills them.
 class Activated {
  public:
   Activated(int bits, int64_t tokens, bool int8_mode, lowbit::Isa isa) : source_(random_floats(tokens * kCols)) {

@@ -84,11 +84,11 @@ __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void multiply_bf
   for (int j = 0; j < kChains; j++) LOWBIT_OPAQUE_ZMM(sums[j]);
 }
 
-// A tile instruction takes 16 cycles, and no machine's clock needs so many of them.
+// A round of tile instructions takes 64 cycles where one of the others takes 6 to 12: fewer will do.
 #if defined(LOWBIT_SOFTWARE_TILES)
-constexpr int64_t kInstructionsForOne = kRounds;  // one round of stand-ins
+constexpr int64_t kTileShare = kRounds;  // one round, of stand-ins
 #else
-constexpr int64_t kInstructionsForOne = 8;
+constexpr int64_t kTileShare = 8;
 #endif
 
 void multiply_tiles_amx(int64_t rounds) {
@@ -100,7 +100,7 @@ void multiply_tiles_amx(int64_t rounds) {
   zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
   load_tile<4>(bytes, kMostTileBytes), load_tile<5>(bytes, kMostTileBytes);
   load_tile<6>(bytes, kMostTileBytes), load_tile<7>(bytes, kMostTileBytes);
-  for (int64_t i = 0; i < rounds / kInstructionsForOne; i++) {
+  for (int64_t i = 0; i < rounds / kTileShare; i++) {
     multiply_tiles<0, 4, 6>();
     multiply_tiles<1, 4, 7>();
     multiply_tiles<2, 5, 6>();
@@ -117,7 +117,7 @@ Unit unit(const char* kind) {
     if (__builtin_cpu_supports("avx2")) return {multiply_int8_avx2, kChains * 32 * 2.0};
   }
   if (!strcmp(kind, "tiles") && offered(Isa::amx))
-    return {multiply_tiles_amx, 4.0 * kMostTileRows * kMostTileRows * kMostTileBytes * 2.0 / kInstructionsForOne};
+    return {multiply_tiles_amx, 4.0 * kMostTileRows * kMostTileRows * kMostTileBytes * 2.0 / kTileShare};
   if (!strcmp(kind, "bf16") && avx512 && __builtin_cpu_supports("avx512bf16"))
     return {multiply_bf16_avx512, kChains * 32 * 2.0};
   return {nullptr, 0};

@@ -9,8 +9,8 @@
 //   otherwise              a stage of 512 columns (640 trits), decoded to bytes in L1 while the stage before it is
 //                          multiplied; all stages of a panel are kept where further tiles will want them
 // Slots of 16 chunks, 8 rows and 16 or 32 tokens are 8 or 16 KB of L1. Bound by vpdpbusd, N * K * M / 64 of them a digit.
-// On Zen 4, one thread, 4096 x 4096, of what vpdpbusd does on registers: 128 tokens .78 to .86 (two digits), .71 to .83
-// (one); 16 tokens from DRAM .72 to .80 and .60 to .67. The rest: finishing a chunk of 128 (one eighth of the time with one
+// On Zen 4, one thread, 4096 x 4096 in cache, of what vpdpbusd does on registers: 128 tokens .78 to .86 (two digits), .71 to
+// .83 (one); 16 tokens .72 to .82 and .60 to .67. The rest: finishing a chunk of 128 (one eighth of the time with one
 // digit), decoding, adding the slots.
 #ifndef LOWBIT_CPU_TILES_AVX512VNNI_H
 #define LOWBIT_CPU_TILES_AVX512VNNI_H

@@ -430,11 +430,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return reason ? std::optional<std::string>(reason) : std::nullopt;
       },
       py::arg("isa"));
-  m.def("matmul_batching", [](int format) {
-    int64_t batch = 0, tiles_from = 0;
-    raise(lowbit_matmul_batching(lowbit_format(format), &batch, &tiles_from));
-    return std::make_tuple(batch, tiles_from);
-  });
+  m.def(
+      "matmul_batching",
+      [](int format) {
+        int64_t batch = 0, tiles_from = 0;
+        raise(lowbit_matmul_batching(lowbit_format(format), &batch, &tiles_from));
+        return std::make_tuple(batch, tiles_from);
+      },
+      py::arg("format"));
   m.def("kernels", [] {
     std::vector<std::pair<std::string, bool>> rows;
     int runnable = 0;
