@@ -1,8 +1,8 @@
 // y[m,n] = sum_c fma chain of float(I[m,n,c]) * (s[n,g(c)] * step[m,c])   on AVX-512 VNNI, many tokens, every format.
 //
 // A panel of 8 rows of W meets D streams of digits [k/4][16 tokens][4]: the two digits of one tile of 16 tokens, or, with
-// one digit, one or two tiles. 4 codes of a row are broadcast to every token, so that 16 accumulators take 8 or 10 loads
-// for 16 vpdpbusd. Where the codes come from:
+// one digit, one or two tiles. 4 codes of a row are broadcast to every token: 10 loads for 16 vpdpbusd, into 16 accumulators
+// (with one stream, but for int4: 9 for 8). Where the codes come from:
 //   int8                   the row as it lies
 //   int4, one stream       the row as it lies: a byte has a code of each of two planes, and 16 times the second one
 //                          serves as well (its sums are shifted back, exactly), so that a mask is all the decoding
