@@ -9,6 +9,7 @@
 //   <format>_bags__<isa>/<where>                     the sum of 64 random rows
 //   activations__<isa>/tokens:T/<mode>               quantizing T tokens of 4096 for groups of 128
 //   store__<isa>/<dtype>                             16 tokens of a block of 64 rows
+//   rms_norm__, silu_mul__, decode_attention__<isa>  one token of a decoder layer of Llama-3-8B's widths
 //
 // where: warm is one matrix again and again (a large cache holds it), dram 500 MB of them in turn. GB/s counts codes,
 // scales and what gather writes; share is that of the read bandwidth probed right before and after (probe, GB/s). Solver
@@ -133,6 +134,58 @@ void store(benchmark::State& state, StoreKernel kernel, lowbit_dtype dtype) {
   meter.report(state, double(kTokens * kRowBlock * (4 + dtype_bytes(dtype))), 0, 0);
 }
 
+// A decoder layer of Llama-3-8B's widths, one token: rows of 4096, gates of 14336, 32 heads over 8 of 128.
+const Pages& layer_operand(int64_t elements) {  // the same bytes, which are zeros, for every operand that is read
+  static const Pages operand(size_t(elements * 4));
+  return operand;
+}
+constexpr int64_t kGate = 14336, kMostOperand = kGate;
+
+void rms_norm(benchmark::State& state, RmsNormKernel kernel, lowbit_dtype dtype) {
+  const void* x = layer_operand(kMostOperand).as<void>();
+  const Pages sum(kCols * 4), y(kCols * 4);
+  const RmsNorm n = {dtype, kCols, x, kCols, x, kCols, sum.as<void>(), kCols, x, 1e-5f, y.as<void>(), kCols};
+  Meter meter;
+  for (auto _ : state) {
+    kernel(&n, 0, 1);
+    benchmark::ClobberMemory();
+  }
+  meter.report(state, double(5 * kCols * dtype_bytes(dtype)), 0, 0);
+}
+
+void silu_mul(benchmark::State& state, SiluMulKernel kernel, lowbit_dtype dtype) {
+  const void* x = layer_operand(kMostOperand).as<void>();
+  const Pages y(kGate * 4);
+  const SiluMul s = {dtype, kGate, x, kGate, x, kGate, y.as<void>(), kGate};
+  Meter meter;
+  for (auto _ : state) {
+    kernel(&s, 0, 1);
+    benchmark::ClobberMemory();
+  }
+  meter.report(state, double(3 * kGate * dtype_bytes(dtype)), 0, 0);
+}
+
+void decode_attention(benchmark::State& state, DecodeAttentionKernel kernel, lowbit_dtype dtype, int64_t past) {
+  constexpr int64_t kHeads = 32, kKvHeads = 8, kSize = 128;
+  const void* x = layer_operand(kMostOperand).as<void>();
+  const int64_t places = past + 1, cache = kKvHeads * places * kSize;
+  const Pages keys(size_t(cache * 4)), values(size_t(cache * 4)), y(kHeads * kSize * 4);
+  lowbit_decode_step step{};
+  step.dtype = dtype;
+  step.sequences = 1, step.heads = kHeads, step.kv_heads = kKvHeads, step.head_size = kSize;
+  step.past = past, step.scale = 0.1f;
+  step.q = step.k = step.v = step.cos = step.sin = x;
+  step.keys = keys.as<void>(), step.values = values.as<void>();
+  step.cache_head_stride = places * kSize, step.cache_sequence_stride = cache;
+  step.y = y.as<void>();
+  Meter meter;
+  for (auto _ : state) {
+    kernel(&step, 0, kKvHeads);
+    benchmark::ClobberMemory();
+  }
+  meter.report(state, double(2 * cache * dtype_bytes(dtype)), 4.0 * kHeads * kSize * double(places), 0);
+}
+
 // The variants of a verb: one overload each, chosen by the verb's column of the table.
 template <Verb V>
 using Is = std::integral_constant<Verb, V>;
@@ -167,6 +220,23 @@ void add_variants(Is<Verb::activations>, const Kernel& row, ActivationsKernel ke
 void add_variants(Is<Verb::store>, const Kernel& row, StoreKernel kernel) {
   for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_BF16})
     add(row, dtype_name(dtype), [=](benchmark::State& state) { store(state, kernel, dtype); });
+}
+
+void add_variants(Is<Verb::rms_norm>, const Kernel& row, RmsNormKernel kernel) {
+  for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_BF16})
+    add(row, dtype_name(dtype), [=](benchmark::State& state) { rms_norm(state, kernel, dtype); });
+}
+
+void add_variants(Is<Verb::silu_mul>, const Kernel& row, SiluMulKernel kernel) {
+  for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_BF16})
+    add(row, dtype_name(dtype), [=](benchmark::State& state) { silu_mul(state, kernel, dtype); });
+}
+
+void add_variants(Is<Verb::decode_attention>, const Kernel& row, DecodeAttentionKernel kernel) {
+  for (const int64_t past : {63, 1023})
+    for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_BF16})
+      add(row, "past:" + std::to_string(past) + "/" + dtype_name(dtype),
+          [=](benchmark::State& state) { decode_attention(state, kernel, dtype, past); });
 }
 
 void add_variants(Is<Verb::solve>, const Kernel&, SolveKernel) {}

@@ -9,24 +9,11 @@
 
 #include <math.h>
 
+#include "cpu/halves_avx2.h"
 #include "cpu/planes_avx2.h"
 
 namespace lowbit {
 namespace {
-
-LOWBIT_INLINE __m128i to_bf16(__m256 v) {
-  const __m256i bits = _mm256_castps_si256(v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i halves = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
-}
-
-LOWBIT_INLINE __m128i to_half(__m256 v, lowbit_dtype dtype) {
-  return dtype == LOWBIT_F16 ? _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : to_bf16(v);
-}
 
 // Scale and zero of the group that holds the next 16 columns of a row, column by column. Fields of the matrix are
 // copied: the compiler must take every store of a value for a change of them.

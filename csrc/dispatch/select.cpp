@@ -30,9 +30,10 @@ const Row kTable[] = {
 };
 constexpr int kRows = sizeof kTable / sizeof kTable[0];
 
-constexpr const char* kVerbs[] = {"activations", "matmul", "gather", "store", "solve", "bags"};
+constexpr const char* kVerbs[] = {"activations", "matmul",   "gather",   "store",           "solve",
+                                  "bags",        "rms_norm", "silu_mul", "decode_attention"};
 constexpr int kVerbCount = sizeof kVerbs / sizeof kVerbs[0];
-thread_local const char* last_kernel[kVerbCount] = {"", "", "", "", "", ""};
+thread_local const char* last_kernel[kVerbCount] = {"", "", "", "", "", "", "", "", ""};
 
 const Row* find(Verb verb, int bits, Isa isa) {
   for (const Row& row : kTable)
@@ -67,6 +68,9 @@ template lowbit_status select<Verb::gather>(int, GatherKernel*);
 template lowbit_status select<Verb::store>(int, StoreKernel*);
 template lowbit_status select<Verb::solve>(int, SolveKernel*);
 template lowbit_status select<Verb::bags>(int, BagsKernel*);
+template lowbit_status select<Verb::rms_norm>(int, RmsNormKernel*);
+template lowbit_status select<Verb::silu_mul>(int, SiluMulKernel*);
+template lowbit_status select<Verb::decode_attention>(int, DecodeAttentionKernel*);
 
 // Below so many tokens the idle lanes of a tile cost more than row kernels do. Measured for avx512vnni (Zen 4, matrices
 // from DRAM: int8 is level at 5 tokens, int4 at 7, the others at 8 in float mode and 10 in int8 mode) and avx2 (11 to 13).

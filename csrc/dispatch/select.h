@@ -3,11 +3,12 @@
 
 #include "cpu/kernel.h"
 #include "dispatch/isa.h"
+#include "layer/kernel.h"
 #include "solver/kernel.h"
 
 namespace lowbit {
 
-enum class Verb { activations, matmul, gather, store, solve, bags };
+enum class Verb { activations, matmul, gather, store, solve, bags, rms_norm, silu_mul, decode_attention };
 
 template <Verb V>
 struct KernelOf;
@@ -34,6 +35,18 @@ struct KernelOf<Verb::solve> {
 template <>
 struct KernelOf<Verb::bags> {
   using Type = BagsKernel;
+};
+template <>
+struct KernelOf<Verb::rms_norm> {
+  using Type = RmsNormKernel;
+};
+template <>
+struct KernelOf<Verb::silu_mul> {
+  using Type = SiluMulKernel;
+};
+template <>
+struct KernelOf<Verb::decode_attention> {
+  using Type = DecodeAttentionKernel;
 };
 
 // Writes the best allowed kernel of a verb for a width (0: the verb has none) and records it as the thread's last one.

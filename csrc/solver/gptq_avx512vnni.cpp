@@ -1,36 +1,17 @@
 // The column solver on AVX-512: solve_panel.h over one zmm of 16 rows. Tile: 2 lane groups x 8 columns = 16
 // accumulators, enough for 2 fma a cycle at a latency of 4, for 10 loads every 16 fma.
-#include <immintrin.h>
-
+#include "cpu/lanes_avx512.h"
 #include "solver/solve_panel.h"
 
 namespace lowbit {
 namespace {
 
-struct Zmm {
+struct Zmm : LanesAvx512 {
   static constexpr int kTileGroups = 2, kTileCols = 8;
-  using T = __m512;
 
-  static T load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, T a) { _mm512_storeu_ps(p, a); }
   static void store_codes(uint8_t* p, T a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(a)));
   }
-  static T set(float x) { return _mm512_set1_ps(x); }
-  static T add(T a, T b) { return _mm512_add_ps(a, b); }
-  static T sub(T a, T b) { return _mm512_sub_ps(a, b); }
-  static T mul(T a, T b) { return _mm512_mul_ps(a, b); }
-  static T div(T a, T b) { return _mm512_div_ps(a, b); }
-  static T fma(T a, T b, T c) { return _mm512_fmadd_ps(a, b, c); }
-  static T fnma(T a, T b, T c) { return _mm512_fnmadd_ps(a, b, c); }
-  static T abs(T a) { return _mm512_abs_ps(a); }
-  static T round(T a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static T min(T a, T b) { return _mm512_min_ps(a, b); }
-  static T max(T a, T b) { return _mm512_max_ps(a, b); }
-  static T if_less(T a, T b, T yes, T no) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
-  }
-
   static T round_to(T x, lowbit_dtype dtype) {
     if (dtype == LOWBIT_F16) {
       const __m256i half = _mm512_cvtps_ph(min(x, set(65504.0f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -210,6 +210,105 @@ def matmul_group(views: list[_C.Matrix], x: Tensor, biases: list[Tensor | None],
     return ys
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., size] -> (weight * (s / sqrt(mean(s^2) + eps)), s), s = x + residual, or x: Llama's norm and rounding.
+    CPU tensors of one dtype; contiguous ones are not copied."""
+    size = weight.shape[0]
+    if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != size:
+        raise ValueError(f"weight: expected [size] of x's last dimension, got {list(weight.shape)}, x {list(x.shape)}")
+    _require_alike(x, weight=weight, residual=residual)
+    x = x if x.is_contiguous() else x.contiguous()
+    y, dtype = torch.empty_like(x), lookup(FLOAT_DTYPES, x.dtype, "x dtype")
+    total, residual_address, total_address = x, 0, 0
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected x's shape {list(x.shape)}, got {list(residual.shape)}")
+        residual = residual if residual.is_contiguous() else residual.contiguous()
+        total = torch.empty_like(x)
+        residual_address, total_address = residual.data_ptr(), total.data_ptr()
+    weight = weight if weight.is_contiguous() else weight.contiguous()
+    tokens = x.numel() // size
+    addresses = (x.data_ptr(), size, residual_address, size, weight.data_ptr())
+    _C.rms_norm(*addresses, eps, dtype, tokens, size, total_address, size, y.data_ptr(), size)
+    return y, total
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate), rounded to its dtype, * up, put into `gate`: contiguous CPU tensors of one shape and dtype."""
+    if gate.shape != up.shape or not gate.is_contiguous() or not up.is_contiguous():
+        raise ValueError(f"gate and up: expected contiguous, one shape, got {list(gate.shape)} and {list(up.shape)}")
+    _require_alike(gate, up=up)
+    dtype, size, at = lookup(FLOAT_DTYPES, gate.dtype, "gate dtype"), gate.numel(), gate.data_ptr()
+    width = gate.shape[-1] if gate.ndim else 1
+    if size:
+        _C.silu_mul(at, width, up.data_ptr(), width, dtype, size // width, width, at, width)
+    return gate
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    past: int,
+    scale: float,
+) -> Tensor:
+    """One new token of each sequence: q [sequences, ..., heads * size], k and v [sequences, ..., kv_heads * size] -> y
+    like q: sum_t softmax_t(scale * q . keys[t]) * values[t] over the places t <= past of its sequence.
+
+    keys and values: the cache [sequences, kv_heads, places, size], places contiguous; k, rotated, and v are put at
+    place `past`. angles: cos and sin, [..., size], of that place for all sequences or for each, or None: no rotation.
+    CPU tensors of one dtype.
+    """
+    if keys.ndim != 4 or keys.shape != values.shape or keys.stride() != values.stride():
+        raise ValueError(
+            "keys and values: expected [sequences, kv_heads, places, size] with like strides, "
+            f"got {list(keys.shape)} and {list(values.shape)}"
+        )
+    sequences, kv_heads, places, size = keys.shape
+    by_sequence, by_head, by_place, by_element = keys.stride()
+    if by_element != 1 or by_place != size:
+        raise ValueError(f"keys and values: expected contiguous places, got strides {keys.stride()}")
+    if not 0 <= past < places:
+        raise ValueError(f"past: expected a place of the cache's {places}, got {past}")
+    width, kv_width = q.shape[-1], kv_heads * size
+    if q.numel() != sequences * width or k.shape[-1] != kv_width or k.numel() != sequences * kv_width:
+        raise ValueError(
+            f"q and k: expected [{sequences}, heads * {size}] and [{sequences}, {kv_heads} * {size}], "
+            f"got {list(q.shape)} and {list(k.shape)}"
+        )
+    if width % size or v.shape != k.shape:
+        raise ValueError(f"q and v: expected whole heads and k's shape, got {list(q.shape)} and {list(v.shape)}")
+    _require_alike(q, k=k, v=v, keys=keys, values=values)
+    cos = sin = angle_stride = 0
+    if angles is not None:
+        wanted = (sequences * size, size)
+        for name, angle in zip(("cos", "sin"), angles, strict=True):
+            if angle.shape[-1] != size or angle.numel() not in wanted or not angle.is_contiguous():
+                raise ValueError(f"{name}: expected contiguous [{sequences} or 1, {size}], got {list(angle.shape)}")
+        if angles[0].shape != angles[1].shape:
+            raise ValueError(f"sin: expected the shape of cos, {list(angles[0].shape)}, got {list(angles[1].shape)}")
+        _require_alike(q, cos=angles[0], sin=angles[1])
+        cos, sin = angles[0].data_ptr(), angles[1].data_ptr()
+        angle_stride = size if angles[0].numel() == wanted[0] else 0
+    q, k, v = (t if t.is_contiguous() else t.contiguous() for t in (q, k, v))
+    y = torch.empty_like(q)
+    shape = (lookup(FLOAT_DTYPES, q.dtype, "q dtype"), sequences, width // size, kv_heads, size, past, scale)
+    inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), width, kv_width, kv_width, cos, sin, angle_stride)
+    _C.decode_attention(*shape, *inputs, keys.data_ptr(), values.data_ptr(), by_sequence, by_head, y.data_ptr(), width)
+    return y
+
+
+def _require_alike(x: Tensor, **others: Tensor | None) -> None:
+    if not x.is_cpu:
+        raise NotImplementedError(f"expected tensors on the CPU, got one on {x.device}")
+    for name, other in others.items():
+        if other is not None and (other.dtype != x.dtype or not other.is_cpu):
+            raise TypeError(f"{name}: expected {x.dtype} on the CPU, got {other.dtype} on {other.device}")
+
+
 def _rows_apart(x: Tensor) -> Tensor:
     """x [..., cols] as [tokens, cols] with contiguous rows that do not overlap: a view where there is one."""
     cols = x.shape[-1]

@@ -142,6 +142,9 @@ def _verbs() -> dict[str, dict[str, int]]:
         "bags": FORMATS,
         "store": {"any": 0},
         "solve": {"any": 0},
+        "rms_norm": {"any": 0},
+        "silu_mul": {"any": 0},
+        "decode_attention": {"any": 0},
     }
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lowbit import nn as lowbit_nn
+from lowbit.integrations.decoder import fuse
 from lowbit.matrix import PackedMatrix
 
 
@@ -192,6 +193,7 @@ def patch(
         from lowbit.vocabulary import ResizeTokenEmbeddings
 
         model.resize_token_embeddings = ResizeTokenEmbeddings(model)
+    fuse(model)
 
 
 def settle_ties(model: nn.Module) -> None:

@@ -194,6 +194,42 @@ LOWBIT_API lowbit_status lowbit_gather_bags(const lowbit_matrix* w, const void* 
                                             int mean, lowbit_id_policy policy, int64_t padding_id, int64_t* first_bad,
                                             void* out, lowbit_dtype out_dtype, int64_t out_stride);
 
+/* ---- a decoder layer, between its products ----
+ *
+ * What Llama and its relatives do to a token outside their matrices, for hosts whose own operators cost more than the
+ * work: rounded step by step as Transformers' modules in the same dtype round, sums in fp32. dtype: f32, f16 or bf16, of
+ * every operand of a call. Strides in elements. Bit-identical for every ISA and thread count. */
+
+/* y[m] = weight * (s / sqrt(mean(s^2) + eps)), s = x[m] + residual[m]; x, residual, sum and y [tokens][size], weight
+ * [size]. residual NULL: s = x[m] and sum is not written; else sum[m] = s. sum may be x or residual, y may be x. */
+LOWBIT_API lowbit_status lowbit_rms_norm(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
+                                         const void* weight, float eps, lowbit_dtype dtype, int64_t tokens,
+                                         int64_t size, void* sum, int64_t sum_stride, void* y, int64_t y_stride);
+
+/* y = silu(gate) * up, [tokens][size]. y may be gate or up. */
+LOWBIT_API lowbit_status lowbit_silu_mul(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride,
+                                         lowbit_dtype dtype, int64_t tokens, int64_t size, void* y, int64_t y_stride);
+
+/* One new token each of `sequences` sequences that have `past` tokens behind them. */
+typedef struct lowbit_decode_step {
+  lowbit_dtype dtype;
+  int64_t sequences, heads, kv_heads, head_size; /* heads: a multiple of kv_heads; head_size: of 16, up to 512 */
+  int64_t past;
+  float scale;                          /* of q . k */
+  const void *q, *k, *v;                /* [sequences][heads or kv_heads][head_size] */
+  int64_t q_stride, k_stride, v_stride; /* between sequences */
+  const void *cos, *sin; /* [sequences][head_size] of the new place, halves alike; NULL: q and k are not rotated */
+  int64_t angle_stride;  /* between sequences; 0: the same for all */
+  void *keys, *values;   /* the cache, [sequences][kv_heads][places][head_size] with more than `past` places */
+  int64_t cache_sequence_stride, cache_head_stride;
+  void* y;          /* [sequences][heads][head_size] */
+  int64_t y_stride; /* between sequences */
+} lowbit_decode_step;
+
+/* Rotates q and k (x * cos + [-x2, x1] * sin), puts k and v at place `past` of the cache, and attends to places 0 to past:
+ * y[h] = sum_t softmax_t(scale * q[h] . keys[t]) * values[t], query head h reading kv head h / (heads / kv_heads). */
+LOWBIT_API lowbit_status lowbit_decode_attention(const lowbit_decode_step* step);
+
 /* ---- the GPTQ column solver ---- */
 
 typedef struct lowbit_gptq_options {
@@ -322,8 +358,8 @@ LOWBIT_API const char* lowbit_isa_missing(const char* isa);
  * level is offered. */
 LOWBIT_API const char* lowbit_kernel_name(int index, int* runnable);
 
-/* The kernel that a verb ("matmul", "gather", "bags", "activations", "store") would use now, or did last use on this thread;
- * "" if there is none. */
+/* The kernel that a verb ("matmul", "gather", "bags", "activations", "store", "rms_norm", "silu_mul", "decode_attention")
+ * would use now, or did last use on this thread; "" if there is none. */
 LOWBIT_API const char* lowbit_selected_kernel(const char* verb, lowbit_format format);
 LOWBIT_API const char* lowbit_last_kernel(const char* verb);
 

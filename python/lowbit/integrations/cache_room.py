@@ -1,0 +1,70 @@
+"""Room to grow for a layer of Transformers' DynamicCache, which else copies all its keys and values for each token."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import Tensor
+
+_LEAST_ROOM = 64  # places that a cache grows by, at least
+
+_KEY = "_lowbit_room"  # where a cache's layer carries its room
+
+
+class CacheRoom:
+    """Keys and values [sequences, kv_heads, places, size] of which the first `filled` places are the cache's.
+
+    The cache's layer holds views of just these, so that everyone else sees the tensors they know; what they do with
+    them (concatenate, crop, reorder) gives tensors that are no such views, and then the layer gets a new room. So does
+    whoever comes second to a place: caches that were one (a shallow copy, a crop) never write over each other.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.filled = keys.shape[2]
+        places = self.filled + max(_LEAST_ROOM, self.filled // 4)
+        self.keys, self.values = (_longer(tensor, places) for tensor in (keys, values))
+
+    @classmethod
+    def of(cls, cache, index: int, like: Tensor, kv_heads: int, size: int) -> CacheRoom | None:
+        """The room of layer `index` of a cache, with a free place; None unless it is a DynamicCache whose layer only
+        appends, was filled before, and holds `kv_heads` heads of `size` for the sequences of `like`, in its dtype."""
+        caches = sys.modules.get("transformers.cache_utils")
+        if caches is None or type(cache) is not caches.DynamicCache or cache.offloading or index >= len(cache.layers):
+            return None
+        layer = cache.layers[index]
+        if type(layer) is not caches.DynamicLayer or not layer.is_initialized:
+            return None
+        keys, values = layer.keys, layer.values
+        shape = keys.shape
+        if (
+            len(shape) != 4
+            or (shape[0], shape[1], shape[3]) != (like.shape[0], kv_heads, size)
+            or values.shape != shape
+        ):
+            return None
+        if keys.dtype != like.dtype or values.dtype != like.dtype or not keys.is_cpu or not values.is_cpu:
+            return None
+        room = layer.__dict__.get(_KEY)
+        if room is None or not room._holds(keys, values):
+            room = layer.__dict__[_KEY] = cls(keys, values)
+        return room
+
+    def append(self, cache, index: int) -> None:
+        """Counts the next place as filled and shows it to the cache."""
+        self.filled += 1
+        layer = cache.layers[index]
+        layer.keys, layer.values = self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def _holds(self, keys: Tensor, values: Tensor) -> bool:
+        return (
+            keys.data_ptr() == self.keys.data_ptr()
+            and values.data_ptr() == self.values.data_ptr()
+            and keys.shape[2] == self.filled < self.keys.shape[2]
+            and keys.shape[0] == self.keys.shape[0]
+        )
+
+
+def _longer(tensor: Tensor, places: int) -> Tensor:
+    longer = tensor.new_empty((*tensor.shape[:2], places, tensor.shape[3]))
+    longer[:, :, : tensor.shape[2]] = tensor
+    return longer

@@ -1,0 +1,372 @@
+// What a decoder layer does between its products, every kernel forced in turn: the bits of `ref` on every level and number
+// of threads, exact where the arithmetic is exact, close to float64 otherwise, nothing written beside what was asked for.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "matrices.h"
+
+namespace {
+
+std::mt19937 random_bits(77);
+constexpr lowbit_dtype kDtypes[] = {LOWBIT_F32, LOWBIT_F16, LOWBIT_BF16};
+
+size_t width(lowbit_dtype dtype) { return dtype == LOWBIT_F32 ? 4 : 2; }
+
+// Half a unit in the last place of a dtype, relative.
+double rounding(lowbit_dtype dtype) { return dtype == LOWBIT_F32 ? 0x1p-24 : dtype == LOWBIT_F16 ? 0x1p-11 : 0x1p-8; }
+
+// Elements of a dtype, with 16 bytes behind the last that must stay as they are.
+struct Elements {
+  lowbit_dtype dtype;
+  std::vector<uint8_t> bytes;
+
+  Elements(lowbit_dtype type, int64_t count) : dtype(type), bytes(size_t(count) * width(type) + 16, 0xEE) {}
+  template <class Make>
+  static Elements of(lowbit_dtype type, int64_t count, Make make) {
+    Elements made(type, count);
+    for (int64_t i = 0; i < count; i++) lowbit::store_float(made.bytes.data(), type, i, make(i));
+    return made;
+  }
+  static Elements normal(lowbit_dtype type, int64_t count, float size = 1) {
+    std::normal_distribution<float> values;
+    return of(type, count, [&](int64_t) { return size * values(random_bits); });
+  }
+  void* data() { return bytes.data(); }
+  const void* data() const { return bytes.data(); }
+  double operator[](int64_t i) const { return lowbit::load_float(bytes.data(), dtype, i); }
+  void check_end(const char* what) const {
+    for (size_t i = bytes.size() - 16; i < bytes.size(); i++)
+      CHECK(bytes[i] == 0xEE, "%s: written behind the end", what);
+  }
+};
+
+double to_dtype(double value, lowbit_dtype dtype) {
+  uint8_t bytes[4];
+  lowbit::store_float(bytes, dtype, 0, float(value));
+  return lowbit::load_float(bytes, dtype, 0);
+}
+
+// body() under every level of this machine and 1, 2 and 5 threads; `verb`'s kernel of that level must have run.
+template <class Body>
+void everywhere(const char* verb, Body body) {
+  for (const char* isa : machine_isas())
+    for (const int threads : {1, 2, 5}) {
+      CHECK(lowbit_set_isa(isa) == LOWBIT_OK && lowbit_set_threads(threads) == LOWBIT_OK, "%s", lowbit_last_error());
+      body(isa);
+      const std::string wanted = std::string(verb) + "__" + isa, ran = lowbit_last_kernel(verb);
+      bool exists = false;
+      for (int i = 0; const char* row = lowbit_kernel_name(i, nullptr); i++) exists |= wanted == row;
+      if (exists) CHECK(ran == wanted, "forced %s, ran %s", wanted.c_str(), ran.c_str());
+    }
+  lowbit_set_isa("auto");
+  lowbit_set_threads(0);
+}
+
+void test_rms_norm(lowbit_dtype dtype, int64_t tokens, int64_t size, bool residual, bool exact) {
+  const int64_t stride = size + 3;
+  const auto sign = [&](int64_t) {
+    return random_bits() % 2 ? 2.0f : -2.0f;
+  };  // mean of squares 4, or 16 with a residual
+  Elements x = exact ? Elements::of(dtype, tokens * stride, sign) : Elements::normal(dtype, tokens * stride);
+  const Elements more = exact ? x : Elements::normal(dtype, tokens * size);
+  const Elements weight =
+      exact ? Elements::of(dtype, size, [](int64_t i) { return float(i % 7) - 3; }) : Elements::normal(dtype, size);
+  const float eps = exact ? 0.0f : 1e-5f;
+  const int64_t more_stride = exact ? stride : size;
+  std::vector<uint8_t> first, first_sum;
+  everywhere("rms_norm", [&](const char* isa) {
+    Elements y(dtype, tokens * stride), sum(dtype, tokens * stride);
+    CHECK(lowbit_rms_norm(x.data(), stride, residual ? more.data() : nullptr, more_stride, weight.data(), eps, dtype,
+                          tokens, size, sum.data(), stride, y.data(), stride) == LOWBIT_OK,
+          "%s", lowbit_last_error());
+    y.check_end("rms_norm y");
+    sum.check_end("rms_norm sum");
+    for (int64_t m = 0; m + 1 < tokens; m++)
+      for (size_t i = 0; i < 3 * width(dtype); i++)
+        CHECK(y.bytes[size_t(m * stride + size) * width(dtype) + i] == 0xEE, "rms_norm: written between rows");
+    if (!residual)
+      CHECK(sum.bytes == Elements(dtype, tokens * stride).bytes, "rms_norm: sum written without a residual");
+    if (!first.empty()) {
+      CHECK(y.bytes == first && sum.bytes == first_sum, "rms_norm %s size %ld: not the bits of ref", isa, long(size));
+      // In place: the sum in x's place, then y in x's.
+      Elements in_place = x;
+      CHECK(lowbit_rms_norm(in_place.data(), stride, residual ? more.data() : nullptr, more_stride, weight.data(), eps,
+                            dtype, tokens, size, residual ? in_place.data() : nullptr, stride, y.data(),
+                            stride) == LOWBIT_OK,
+            "%s", lowbit_last_error());
+      CHECK(y.bytes == first, "rms_norm %s: other results with sum in x's place", isa);
+      return;
+    }
+    first = y.bytes, first_sum = sum.bytes;
+    for (int64_t m = 0; m < tokens; m++) {
+      double squares = 0;
+      for (int64_t k = 0; k < size; k++) {
+        const double s = residual ? to_dtype(x[m * stride + k] + more[m * more_stride + k], dtype) : x[m * stride + k];
+        if (residual) CHECK(sum[m * stride + k] == s, "rms_norm: sum[%ld,%ld]", long(m), long(k));
+        squares += s * s;
+      }
+      for (int64_t k = 0; k < size; k++) {
+        const double s = residual ? sum[m * stride + k] : x[m * stride + k];
+        const double wanted = weight[k] * s / std::sqrt(squares / double(size) + double(eps));
+        const double bound = exact ? 0 : std::fabs(wanted) * (2.1 * rounding(dtype) + 1e-6) + 1e-7;
+        CHECK(std::fabs(y[m * stride + k] - wanted) <= bound, "rms_norm size %ld [%ld,%ld]: got %.9g, wanted %.9g",
+              long(size), long(m), long(k), y[m * stride + k], wanted);
+      }
+    }
+  });
+}
+
+void test_silu_mul(lowbit_dtype dtype, int64_t tokens, int64_t size) {
+  const float odd[] = {0.0f, -0.0f, 80.0f, -80.0f, 100.0f, -100.0f, 3e4f, -3e4f, 1e-7f, -15.5f};
+  const int64_t stride = size + 5;
+  Elements gate = Elements::normal(dtype, tokens * size, 4), up = Elements::normal(dtype, tokens * stride);
+  for (int64_t i = 0; i < tokens * size && i < 10; i++) lowbit::store_float(gate.data(), dtype, i, odd[i]);
+  std::vector<uint8_t> first;
+  everywhere("silu_mul", [&](const char* isa) {
+    Elements y(dtype, tokens * size), in_place = gate;
+    CHECK(lowbit_silu_mul(gate.data(), size, up.data(), stride, dtype, tokens, size, y.data(), size) == LOWBIT_OK, "%s",
+          lowbit_last_error());
+    CHECK(lowbit_silu_mul(in_place.data(), size, up.data(), stride, dtype, tokens, size, in_place.data(), size) ==
+              LOWBIT_OK,
+          "%s", lowbit_last_error());
+    CHECK(in_place.bytes == y.bytes, "silu_mul %s: other results in place", isa);
+    if (!first.empty()) {
+      CHECK(y.bytes == first, "silu_mul %s size %ld: not the bits of ref", isa, long(size));
+      return;
+    }
+    first = y.bytes;
+    for (int64_t m = 0; m < tokens; m++)
+      for (int64_t k = 0; k < size; k++) {
+        const double x = gate[m * size + k], wanted = x / (1 + std::exp(-x)) * up[m * stride + k];
+        const double bound = std::fabs(wanted) * (2.1 * rounding(dtype) + 4e-7) + (dtype == LOWBIT_F16 ? 3e-7 : 1e-37);
+        CHECK(std::fabs(y[m * size + k] - wanted) <= bound, "silu_mul of %.9g: got %.9g, wanted %.9g", x,
+              y[m * size + k], wanted);
+      }
+  });
+}
+
+void test_silu_of_no_number() {
+  const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  everywhere("silu_mul", [&](const char* isa) {
+    float x[20], up[20], y[20];
+    std::fill(x, x + 20, 1.0f), std::fill(up, up + 20, 2.0f);
+    x[3] = nan, x[4] = infinity, up[17] = nan;
+    CHECK(lowbit_silu_mul(x, 20, up, 20, LOWBIT_F32, 1, 20, y, 20) == LOWBIT_OK, "%s", lowbit_last_error());
+    for (int i = 0; i < 20; i++)
+      CHECK(i == 3 || i == 17 ? std::isnan(y[i])
+            : i == 4          ? y[i] == infinity
+                              : std::fabs(y[i] - 1.4621171f) < 1e-6f,
+            "silu_mul %s [%d]: %g", isa, i, double(y[i]));
+  });
+}
+
+struct Shape {
+  int64_t sequences, heads, kv_heads, size, past;
+  bool rotated, own_angles;  // of each sequence
+};
+
+// mean: every place weighs the same; argmax: one place has all the weight. Both are exact.
+enum class Kind { random, mean, argmax };
+
+struct Step {
+  Shape s;
+  lowbit_dtype dtype;
+  int64_t places;
+  Elements q, k, v, cos, sin, keys, values;
+  lowbit_decode_step view{};
+
+  Step(const Shape& shape, lowbit_dtype type, Kind kind)
+      : s(shape),
+        dtype(type),
+        places(s.past + 3),
+        q(Elements::normal(type, s.sequences * (s.heads * s.size + 7))),
+        k(Elements::normal(type, s.sequences * s.kv_heads * s.size)),
+        v(Elements::normal(type, s.sequences * s.kv_heads * s.size)),
+        cos(angles([](float a) { return std::cos(a); })),
+        sin(angles([](float a) { return std::sin(a); })),
+        keys(Elements::normal(type, s.sequences * s.kv_heads * places * s.size)),
+        values(Elements::normal(type, s.sequences * s.kv_heads * places * s.size)) {
+    view.dtype = type;
+    view.sequences = s.sequences, view.heads = s.heads, view.kv_heads = s.kv_heads, view.head_size = s.size;
+    view.past = s.past;
+    view.scale = kind == Kind::mean ? 0.0f : kind == Kind::argmax ? 1024.0f : float(1 / std::sqrt(double(s.size)));
+    view.q_stride = s.heads * s.size + 7;
+    view.k_stride = view.v_stride = s.kv_heads * s.size;
+    view.angle_stride = s.own_angles ? s.size : 0;
+    view.cache_head_stride = places * s.size;
+    view.cache_sequence_stride = s.kv_heads * places * s.size;
+    view.y_stride = s.heads * s.size;
+    auto small = [&](Elements* e, int64_t count) {
+      for (int64_t i = 0; i < count; i++) lowbit::store_float(e->data(), type, i, float(int(random_bits() % 15) - 7));
+    };
+    if (kind == Kind::random) return;
+    small(&values, s.sequences * s.kv_heads * places * s.size);
+    small(&v, s.sequences * s.kv_heads * s.size);
+    if (kind == Kind::mean) return;
+    small(&q, s.sequences * (s.heads * s.size + 7));
+    small(&k, s.sequences * s.kv_heads * s.size);
+    small(&keys, s.sequences * s.kv_heads * places * s.size);
+  }
+
+  template <class F>
+  Elements angles(F function) {  // deterministic: cos and sin belong together
+    return Elements::of(dtype, s.sequences * s.size, [&](int64_t i) {
+      return function(0.37f * float(i % (s.size / 2)) + 1.1f * float(s.own_angles ? i / s.size : 0));
+    });
+  }
+
+  lowbit_status run(Elements* y) {
+    view.q = q.data(), view.k = k.data(), view.v = v.data();
+    view.cos = s.rotated ? cos.data() : nullptr, view.sin = s.rotated ? sin.data() : nullptr;
+    view.keys = keys.data(), view.values = values.data(), view.y = y->data();
+    return lowbit_decode_attention(&view);
+  }
+
+  double rotated(const Elements& x, int64_t row, int64_t sequence, int64_t d) const {
+    if (!s.rotated) return x[row + d];
+    const int64_t half = s.size / 2, angle = (s.own_angles ? sequence * s.size : 0) + d;
+    const double other = d < half ? -x[row + d + half] : x[row + d - half];
+    return to_dtype(to_dtype(x[row + d] * cos[angle], dtype) + to_dtype(other * sin[angle], dtype), dtype);
+  }
+};
+
+void test_attention(const Shape& s, lowbit_dtype dtype, Kind kind) {
+  Step step(s, dtype, kind);
+  const Elements keys_before = step.keys, values_before = step.values;
+  std::vector<uint8_t> first, first_keys, first_values;
+  everywhere("decode_attention", [&](const char* isa) {
+    Elements y(dtype, s.sequences * s.heads * s.size);
+    step.keys = keys_before, step.values = values_before;
+    CHECK(step.run(&y) == LOWBIT_OK, "%s", lowbit_last_error());
+    y.check_end("decode_attention");
+    if (!first.empty()) {
+      CHECK(y.bytes == first && step.keys.bytes == first_keys && step.values.bytes == first_values,
+            "decode_attention %s heads %ld/%ld size %ld past %ld: not the bits of ref", isa, long(s.heads),
+            long(s.kv_heads), long(s.size), long(s.past));
+      return;
+    }
+    first = y.bytes, first_keys = step.keys.bytes, first_values = step.values.bytes;
+    for (int64_t n = 0; n < s.sequences; n++)
+      for (int64_t g = 0; g < s.kv_heads; g++) {
+        const int64_t base = (n * s.kv_heads + g) * step.places * s.size, token = (n * s.kv_heads + g) * s.size;
+        for (int64_t t = 0; t < step.places; t++)
+          for (int64_t d = 0; d < s.size; d++) {
+            const int64_t at = base + t * s.size + d;
+            const bool own = t == s.past;
+            CHECK(step.keys[at] == (own ? step.rotated(step.k, token, n, d) : keys_before[at]) &&
+                      step.values[at] == (own ? step.v[token + d] : values_before[at]),
+                  "decode_attention: cache at place %ld of %ld", long(t), long(s.past));
+          }
+        const int64_t shared = s.heads / s.kv_heads;
+        for (int64_t h = g * shared; h < (g + 1) * shared; h++) {
+          std::vector<double> weights(size_t(s.past) + 1);
+          double top = -1e300, total = 0;
+          for (int64_t t = 0; t <= s.past; t++) {
+            double score = 0;
+            for (int64_t d = 0; d < s.size; d++)
+              score +=
+                  step.rotated(step.q, n * step.view.q_stride + h * s.size, n, d) * step.keys[base + t * s.size + d];
+            weights[size_t(t)] = score * double(step.view.scale);
+            top = std::max(top, weights[size_t(t)]);
+          }
+          for (double& w : weights) total += w = std::exp(w - top);
+          for (int64_t d = 0; d < s.size; d++) {
+            double wanted = 0, size = 0;
+            for (int64_t t = 0; t <= s.past; t++) {
+              const double part = weights[size_t(t)] / total * step.values[base + t * s.size + d];
+              wanted += part, size += std::fabs(part);
+            }
+            const double got = y[(n * s.heads + h) * s.size + d];
+            const double bound =
+                kind == Kind::random ? 2e-6 * size + 1.1 * rounding(dtype) * std::fabs(wanted) + 1e-7 : 0;
+            CHECK(std::fabs(got - wanted) <= bound,
+                  "decode_attention size %ld past %ld head %ld: got %.9g, wanted %.9g", long(s.size), long(s.past),
+                  long(h), got, wanted);
+          }
+        }
+      }
+  });
+}
+
+void test_refusals() {
+  float x[64] = {}, y[64];
+  auto refused = [](lowbit_status status, const char* words) {
+    CHECK(status == LOWBIT_INVALID_ARGUMENT && std::strstr(lowbit_last_error(), words), "expected \"%s\", got %d: %s",
+          words, int(status), lowbit_last_error());
+  };
+  auto norm = [&](const void* in, const void* residual, const void* weight, float eps, lowbit_dtype dtype,
+                  int64_t tokens, int64_t size, int64_t stride, void* sum) {
+    return lowbit_rms_norm(in, stride, residual, stride, weight, eps, dtype, tokens, size, sum, stride, y, stride);
+  };
+  refused(norm(x, nullptr, x, 0, LOWBIT_I32, 1, 8, 8, nullptr), "dtype: expected f32, f16 or bf16, got 3");
+  refused(norm(nullptr, nullptr, x, 0, LOWBIT_F32, 1, 8, 8, nullptr), "x: expected a pointer");
+  refused(norm(x, nullptr, nullptr, 0, LOWBIT_F32, 1, 8, 8, nullptr), "weight: expected a pointer");
+  refused(norm(x, x, x, 0, LOWBIT_F32, 1, 8, 8, nullptr), "sum: expected a pointer");
+  refused(norm(x, nullptr, x, NAN, LOWBIT_F32, 1, 8, 8, nullptr), "eps: expected at least 0");
+  refused(norm(x, nullptr, x, 0, LOWBIT_F32, 2, 8, 7, nullptr), "x stride: expected at least 8, got 7");
+  refused(norm(x, nullptr, x, 0, LOWBIT_F32, 1, 0, 8, nullptr), "size: expected 1 to 2^46, got 0");
+  refused(norm(x, nullptr, x, 0, LOWBIT_F32, -1, 8, 8, nullptr), "tokens: expected 0 or more");
+  CHECK(norm(nullptr, nullptr, nullptr, 0, LOWBIT_F32, 0, 8, 8, nullptr) == LOWBIT_OK, "no tokens, no pointers");
+  refused(lowbit_silu_mul(x, 8, nullptr, 8, LOWBIT_F32, 1, 8, y, 8), "up: expected a pointer");
+  refused(lowbit_silu_mul(x, 8, x, 8, LOWBIT_F32, int64_t(1) << 45, 8, y, 8), "below 2^46 elements");
+
+  const Shape shape{1, 2, 1, 16, 3, true, false};
+  auto attention = [&](auto change) {
+    Step step(shape, LOWBIT_F32, Kind::random);
+    Elements out(LOWBIT_F32, 32);
+    CHECK(step.run(&out) == LOWBIT_OK, "%s", lowbit_last_error());
+    change(&step.view);
+    return lowbit_decode_attention(&step.view);
+  };
+  using View = lowbit_decode_step*;
+  refused(lowbit_decode_attention(nullptr), "step: expected a pointer");
+  refused(attention([](View v) { v->dtype = LOWBIT_I64; }), "dtype");
+  refused(attention([](View v) { v->head_size = 24; }), "head_size: expected a multiple of 16 up to 512, got 24");
+  refused(attention([](View v) { v->head_size = 528; }), "head_size");
+  refused(attention([](View v) { v->kv_heads = 0; }), "heads: expected a multiple of kv_heads (0, at least 1), got 2");
+  refused(attention([](View v) { v->heads = 3, v->kv_heads = 2; }), "heads: expected a multiple of kv_heads (2");
+  refused(attention([](View v) { v->past = -1; }), "past: expected 0 or more");
+  refused(attention([](View v) { v->past = int64_t(1) << 44; }), "past: expected 0 or more, below 2^46");
+  refused(attention([](View v) { v->sequences = -1; }), "sequences: expected 0 or more");
+  refused(attention([](View v) { v->sequences = 2, v->q_stride = 31; }), "q stride: expected at least 32, got 31");
+  refused(attention([](View v) { v->sin = nullptr; }), "cos and sin: expected both or neither");
+  refused(attention([](View v) { v->values = nullptr; }), "values: expected a pointer");
+  refused(attention([](View v) { v->y = nullptr; }), "y: expected a pointer");
+  refused(attention([](View v) { v->kv_heads = 2, v->cache_head_stride = 48; }),
+          "keys stride: expected at least 64, got 48");
+  CHECK(attention([](View v) { v->sequences = 0, v->q = nullptr; }) == LOWBIT_OK, "no sequences, no pointers");
+}
+
+}  // namespace
+
+int main() {
+  for (const lowbit_dtype dtype : kDtypes) {
+    for (const bool residual : {false, true}) {
+      for (const int64_t size : {1, 15, 16, 17, 100, 2048, 2051}) test_rms_norm(dtype, 3, size, residual, false);
+      test_rms_norm(dtype, 37, 1024, residual, false);  // enough for several threads
+      test_rms_norm(dtype, 2, 131, residual, true);
+    }
+    for (const int64_t size : {1, 15, 16, 33, 4099}) test_silu_mul(dtype, 3, size);
+    test_silu_mul(dtype, 40, 1024);
+    for (const Kind kind : {Kind::random, Kind::mean, Kind::argmax}) {
+      const bool rotated = kind == Kind::random;
+      for (const int64_t past : {0, 1, 15, 31, 127}) {  // with the new one: powers of two, whose mean is exact
+        test_attention({1, 4, 2, 16, past, rotated, false}, dtype, kind);
+        test_attention({2, 9, 1, 64, past, rotated, true}, dtype, kind);
+      }
+    }
+    for (const int64_t past : {2, 14, 16, 33})
+      for (const int64_t heads : {1, 2, 3, 5, 7, 8, 17})
+        test_attention({1, 2 * heads, 2, 48, past, true, false}, dtype, Kind::random);
+    test_attention({3, 4, 4, 80, 20, true, true}, dtype, Kind::random);    // halves that end within a vector
+    test_attention({1, 2, 1, 512, 40, true, false}, dtype, Kind::random);  // the largest head
+    test_attention({2, 32, 8, 128, 700, true, false}, dtype, Kind::random);
+    test_attention({1, 8, 2, 64, 100, false, false}, dtype, Kind::random);
+  }
+  test_silu_of_no_number();
+  test_refusals();
+  return check::finish("test_layer");
+}

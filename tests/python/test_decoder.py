@@ -1,0 +1,352 @@
+"""Decoder layers in few calls: the same numbers as Transformers' modules, only where nobody can tell, and over caches
+that stay theirs."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import lowbit
+from lowbit import abi
+from lowbit.integrations import decoder
+from lowbit.models import fuse
+
+pytest.importorskip("transformers")
+import transformers
+from tiny_models import VOCABULARY, build, relative_error
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+CHANGES = {"mistral": {"sliding_window": None}}
+
+
+def packed(architecture="llama", dtype=torch.float32, **changes):
+    model = build(architecture, dtype, **CHANGES.get(architecture, {}), **changes)
+    lowbit.quantize(model, recipe=lowbit.Recipe(bits=4, group_size=32, method="rtn"))
+    return model
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """An entry for each layer that was computed in few calls, trials aside."""
+    calls, decode, agrees = [], decoder._decode, decoder._agrees
+
+    def trial(*arguments):
+        before = len(calls)
+        result = agrees(*arguments)
+        del calls[before:]
+        return result
+
+    monkeypatch.setattr(decoder, "_decode", lambda *arguments: calls.append(1) or decode(*arguments))
+    monkeypatch.setattr(decoder, "_agrees", trial)
+    return calls
+
+
+def ids(count=5, batch=1):
+    return torch.randint(3, VOCABULARY, (batch, count), generator=torch.Generator().manual_seed(7))
+
+
+@torch.no_grad()
+def logits_of_steps(model, prompt, steps=6, cache=None, **options):
+    """Logits of `steps` tokens, one at a time, after a prompt; the tokens are the same whatever comes out."""
+    result = model(prompt, past_key_values=cache, use_cache=True, **options)
+    out = []
+    for i in range(steps):
+        token = torch.full((len(prompt), 1), 3 + 7 * i % 150)
+        result = model(token, past_key_values=result.past_key_values, use_cache=True, **options)
+        out.append(result.logits)
+    return torch.cat(out, 1), result.past_key_values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_decoding_gives_what_the_modules_give(architecture, dtype, decoded):
+    model = packed(architecture, dtype)
+    bound = 2e-4 if dtype == torch.float32 else 2e-2
+    for batch in (1, 3):
+        decoded.clear()
+        fused, cache = logits_of_steps(model, ids(batch=batch))
+        assert len(decoded) == 2 * 6
+        assert fuse(model, enabled=False) == 2
+        plain, plain_cache = logits_of_steps(model, ids(batch=batch))
+        assert len(decoded) == 2 * 6
+        assert fuse(model) == 2
+        assert relative_error(fused, plain) < bound
+        for ours, theirs in zip(cache.layers, plain_cache.layers, strict=True):
+            assert ours.keys.shape == theirs.keys.shape
+            assert relative_error(ours.keys, theirs.keys) < bound and relative_error(ours.values, theirs.values) < bound
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_each_family_passes_its_trial(architecture, recwarn):
+    model = packed(architecture)
+    logits_of_steps(model, ids(), 1)
+    assert model.model.layers[0].forward.trial.agrees is True
+    assert not [w for w in recwarn if "fused" in str(w.message)]
+
+
+def test_int8_activations_biases_and_permutations(decoded):
+    model = build("qwen2", torch.bfloat16)  # q, k and v with a bias
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
+    batches = [{"input_ids": ids(20, 2)}]
+    lowbit.quantize(model, batches, lowbit.Recipe(bits=4, group_size=32, activations="int8"))
+    fused, _ = logits_of_steps(model, ids())
+    assert len(decoded) == 2 * 6
+    fuse(model, enabled=False)
+    assert relative_error(fused, logits_of_steps(model, ids())[0]) < 5e-2
+
+
+def test_generate_and_beams(decoded):
+    model = packed()
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    greedy, beams = model.generate(ids(), **options), model.generate(ids(), num_beams=3, **options)
+    assert len(decoded) >= 2 * 11
+    fuse(model, enabled=False)
+    assert torch.equal(greedy, model.generate(ids(), **options))
+    assert torch.equal(beams, model.generate(ids(), num_beams=3, **options))
+
+
+def test_decoding_past_the_room_of_a_cache(decoded):
+    model = packed(max_position_embeddings=512)
+    fused, cache = logits_of_steps(model, ids(), 150)
+    rooms = cache.layers[0].__dict__["_lowbit_room"]
+    assert rooms.filled == cache.get_seq_length() == 155 <= rooms.keys.shape[2] < 300
+    fuse(model, enabled=False)
+    assert relative_error(fused, logits_of_steps(model, ids(), 150)[0]) < 2e-4
+
+
+class TestFallback:
+    """What somebody could tell goes through the modules."""
+
+    def assert_unfused(self, model, decoded, prompt=None, **options):
+        decoded.clear()
+        out, _ = logits_of_steps(model, ids() if prompt is None else prompt, 3, **options)
+        assert not decoded
+        return out
+
+    def test_hooks(self, decoded):
+        model, seen = packed(), []
+        for part in ("self_attn", "self_attn.q_proj", "mlp", "mlp.act_fn", "input_layernorm"):
+            handle = model.model.layers[1].get_submodule(part).register_forward_hook(lambda *a: seen.append(1))
+            decoded.clear()
+            logits_of_steps(model, ids(), 3)
+            assert len(decoded) == 3 and len(seen) == 4  # the other layer goes on
+            handle.remove(), seen.clear()
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *a: None)
+        try:
+            self.assert_unfused(model, decoded)
+        finally:
+            handle.remove()
+        decoded.clear()
+        logits_of_steps(model, ids(), 3)
+        assert len(decoded) == 6
+
+    def test_other_linears_and_forwards(self, decoded):
+        model = packed()
+        first, second = model.model.layers
+        first.mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
+        second.self_attn.o_proj.forward = second.self_attn.o_proj.forward
+        self.assert_unfused(model, decoded)
+
+    def test_adapters(self, decoded):
+        peft = pytest.importorskip("peft")
+        from lowbit.integrations import peft as _  # noqa: F401
+
+        model = peft.get_peft_model(packed(), peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        self.assert_unfused(model.eval(), decoded)
+
+    def test_modes(self, decoded):
+        model = packed()
+        model.model.layers[0].self_attn.k_proj.activations = "int8"
+        model.model.layers[1].mlp.gate_proj.activations = "int8"
+        self.assert_unfused(model, decoded)
+        with torch.autocast("cpu", torch.bfloat16):
+            self.assert_unfused(packed(), decoded)
+        self.assert_unfused(packed().train(), decoded)
+
+    def test_gradients(self, decoded):
+        model = packed()
+        with torch.no_grad():
+            cache = model(ids(), use_cache=True).past_key_values
+        assert model(ids(1), past_key_values=cache).logits.requires_grad
+        assert not decoded
+
+    def test_other_attention_and_caches(self, decoded):
+        model = packed()
+        model.set_attn_implementation("eager")
+        self.assert_unfused(model, decoded)
+        model.set_attn_implementation("sdpa")
+        config = model.config
+        self.assert_unfused(model, decoded, cache=transformers.StaticCache(config=config, max_cache_len=16))
+        windowed = build("mistral", sliding_window=8)
+        lowbit.quantize(windowed, recipe=lowbit.Recipe(bits=4, group_size=32, method="rtn"))
+        self.assert_unfused(windowed, decoded)
+
+    def test_padding(self, decoded):
+        model, prompt = packed(), ids(batch=2)
+        mask = torch.ones(2, 5, dtype=torch.long)
+        mask[0, :2] = 0
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2}
+        fused = model.generate(prompt, attention_mask=mask, **options)
+        assert not decoded
+        fuse(model, enabled=False)
+        assert torch.equal(fused, model.generate(prompt, attention_mask=mask, **options))
+
+    def test_several_tokens_no_cache_and_asked_for_attentions(self, decoded):
+        model = packed()
+        with torch.no_grad():
+            cache = model(ids(), use_cache=True).past_key_values
+            model(ids(2), past_key_values=cache)
+            model(ids(1), use_cache=False)
+            model(ids(1), past_key_values=None, use_cache=True)  # nothing behind it: the cache is made by the modules
+            assert not decoded
+            hidden = model(ids(1), past_key_values=cache, output_hidden_states=True).hidden_states
+            assert len(hidden) == 3 and not decoded
+
+    def test_compiled(self, decoded):
+        model = packed()
+        with torch.no_grad():
+            cache = model(ids(), use_cache=True).past_key_values
+            wanted = model(ids(1), past_key_values=copy.deepcopy(cache)).logits
+            decoded.clear()
+            compiled = torch.compile(model.forward, backend="eager")
+            assert relative_error(compiled(ids(1), past_key_values=cache).logits, wanted) < 2e-4
+        assert not decoded
+
+
+class TestCaches:
+    """A cache's layers hold the tensors that they would hold, and no two caches ever share a place."""
+
+    @torch.no_grad()
+    def start(self, model):
+        cache = model(ids(), use_cache=True).past_key_values
+        model(ids(1), past_key_values=cache)
+        return cache
+
+    @torch.no_grad()
+    def go_on(self, model, cache, token):
+        return model(torch.tensor([[token]]), past_key_values=cache).logits
+
+    @pytest.mark.parametrize("part", [copy.copy, copy.deepcopy])
+    def test_copies_part_ways(self, part, decoded):
+        model = packed()
+        cache = self.start(model)
+        other = part(cache)
+        other.layers = [part(layer) for layer in cache.layers]
+        wanted = [self.go_on(model, copy.deepcopy(cache), token) for token in (10, 20)]
+        assert torch.equal(self.go_on(model, cache, 10), wanted[0])
+        assert torch.equal(self.go_on(model, other, 20), wanted[1])
+        first, second = cache.layers[0].keys, other.layers[0].keys
+        assert torch.equal(first[:, :, :-1], second[:, :, :-1]) and not torch.equal(first, second)
+        assert len(decoded) == 2 * 5
+
+    def test_a_crop_leaves_what_was_taken_before(self):
+        model = packed()
+        cache = self.start(model)
+        before = cache.layers[0].keys
+        content = before.clone()
+        cache.crop(-1)
+        self.go_on(model, cache, 33)
+        assert cache.get_seq_length() == 6 and torch.equal(before, content)
+        assert not torch.equal(cache.layers[0].keys, before)
+
+    def test_the_modules_go_on_where_the_calls_stopped(self):
+        model = packed()
+        cache = self.start(model)
+        twin = copy.deepcopy(cache)
+        fused = [self.go_on(model, cache, t) for t in (4, 5)]
+        fuse(model, enabled=False)
+        plain = [self.go_on(model, twin, t) for t in (4, 5)]
+        assert relative_error(torch.cat(fused), torch.cat(plain)) < 2e-4
+        fuse(model)
+        assert relative_error(self.go_on(model, twin, 6), self.go_on(model, cache, 6)) < 2e-4
+
+
+def test_a_layer_that_computes_something_else_is_left_alone(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    model, forward = packed(), modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 1.2 * forward(self, x))
+    with pytest.warns(UserWarning, match=r"LlamaDecoderLayer: this release .*they differ by 0\.\d+ of what"):
+        out, _ = logits_of_steps(model, ids(), 2)
+    fuse(model, enabled=False)
+    assert torch.equal(out, logits_of_steps(model, ids(), 2)[0])
+
+    model = packed()
+    monkeypatch.setattr(
+        modeling_llama.LlamaDecoderLayer, "forward", lambda self, hidden_states, newcomer, **_: hidden_states
+    )
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match="TypeError: .*newcomer"),
+        pytest.raises(TypeError, match="newcomer"),
+    ):
+        layer = model.model.layers[0]
+        cache = transformers.DynamicCache()
+        cache.update(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16), 0)
+        angle = torch.zeros(1, 1, 16)
+        layer(torch.zeros(1, 1, 64), past_key_values=cache, position_embeddings=(angle, angle))
+
+
+def test_fuse_is_repeatable_copied_and_saved(tmp_path, decoded):
+    model = packed()
+    assert fuse(model) == 2 and fuse(model, enabled=False) == 2 and fuse(model, enabled=False) == 0 and fuse(model) == 2
+    wanted, _ = logits_of_steps(model, ids(), 2)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for ours, theirs in zip(other.model.layers, model.model.layers, strict=True):
+            assert ours.forward.layer is ours and theirs.forward.layer is theirs
+        decoded.clear()
+        assert torch.equal(logits_of_steps(other, ids(), 2)[0], wanted) and len(decoded) == 4
+    lowbit.save(model, tmp_path / "model")
+    loaded = lowbit.load(tmp_path / "model")
+    decoded.clear()
+    assert torch.equal(logits_of_steps(loaded, ids(), 2)[0], wanted) and len(decoded) == 4
+    unknown = build("gemma")
+    assert fuse(unknown) == 0
+
+
+def test_verbs_refuse():
+    x, weight = torch.randn(2, 32), torch.ones(32)
+    with pytest.raises(ValueError, match=r"weight: expected \[size\] of x's last dimension, got \[32\], x \[2, 16\]"):
+        abi.rms_norm(x[:, :16], weight, 1e-5)
+    with pytest.raises(TypeError, match=r"weight: expected torch.float32 on the CPU, got torch.bfloat16"):
+        abi.rms_norm(x, weight.bfloat16(), 1e-5)
+    with pytest.raises(ValueError, match=r"residual: expected x's shape \[2, 32\], got \[1, 32\]"):
+        abi.rms_norm(x, weight, 1e-5, x[:1])
+    with pytest.raises(TypeError, match="x dtype"):
+        abi.rms_norm(x.double(), weight.double(), 1e-5)
+    with pytest.raises(ValueError, match=r"gate and up: expected contiguous, one shape"):
+        abi.silu_mul(x, x[:1])
+    q, k, cache = torch.randn(1, 64), torch.randn(1, 32), torch.randn(1, 2, 8, 16)
+    with pytest.raises(ValueError, match="past: expected a place of the cache's 8, got 8"):
+        abi.decode_attention(q, k, k, None, cache, cache, 8, 1.0)
+    with pytest.raises(ValueError, match=r"q and k: expected \[1, heads \* 16\] and \[1, 2 \* 16\]"):
+        abi.decode_attention(q, k[:, :16], k, None, cache, cache, 3, 1.0)
+    with pytest.raises(ValueError, match="q and v: expected whole heads"):
+        abi.decode_attention(q[:, :40], k, k, None, cache, cache, 3, 1.0)
+    with pytest.raises(ValueError, match="expected contiguous places"):
+        abi.decode_attention(q, k, k, None, cache.transpose(1, 2), cache.transpose(1, 2), 1, 1.0)
+    with pytest.raises(ValueError, match=r"keys and values: expected .* like strides"):
+        abi.decode_attention(q, k, k, None, cache, cache[:, :, :4], 3, 1.0)
+    with pytest.raises(ValueError, match=r"cos: expected contiguous \[1 or 1, 16\], got \[1, 8\]"):
+        abi.decode_attention(q, k, k, (torch.ones(1, 8), torch.ones(1, 8)), cache, cache, 3, 1.0)
+    with pytest.raises(ValueError, match="heads: expected a multiple of kv_heads"):
+        abi.decode_attention(q[:, :48], k, k, None, cache, cache, 3, 1.0)
+
+
+def test_verbs_against_torch():
+    x, weight, more = torch.randn(3, 5, 48), torch.randn(48), torch.randn(3, 5, 48)
+    y, total = abi.rms_norm(x.transpose(0, 1), weight, 1e-6, more.transpose(0, 1))
+    wanted = torch.nn.functional.rms_norm(x + more, (48,), weight, 1e-6).transpose(0, 1)
+    assert torch.equal(total, (x + more).transpose(0, 1)) and relative_error(y, wanted) < 1e-6
+    gate, up = torch.randn(3, 48), torch.randn(3, 48)
+    wanted = torch.nn.functional.silu(gate) * up
+    assert relative_error(abi.silu_mul(gate, up), wanted) < 1e-6
+    q, k, v, keys, values = torch.randn(2, 96), *torch.randn(2, 2, 32), *torch.randn(2, 2, 2, 9, 16)
+    y = abi.decode_attention(q, k, v, None, keys, values, 6, 0.3)
+    assert torch.equal(keys[:, :, 6].reshape(2, 32), k) and torch.equal(values[:, :, 6].reshape(2, 32), v)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    wanted = attention(q.view(2, 6, 1, 16), keys[:, :, :7], values[:, :, :7], scale=0.3, enable_gqa=True)
+    assert relative_error(y, wanted.reshape(2, 96)) < 1e-6
