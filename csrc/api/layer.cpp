@@ -75,8 +75,10 @@ lowbit_status lowbit_rms_norm(const void* x, int64_t x_stride, const void* resid
   if (!(eps >= 0)) return fail(LOWBIT_INVALID_ARGUMENT, "eps: expected at least 0, got %g", double(eps));
   if (tokens == 0) return LOWBIT_OK;
   LOWBIT_TRY(check_operand("x", x, tokens, size, x_stride));
-  LOWBIT_TRY(check_operand("weight", weight, 1, size, size));
-  LOWBIT_TRY(check_operand("y", y, tokens, size, y_stride));
+  if (y || !residual) {
+    LOWBIT_TRY(check_operand("weight", weight, 1, size, size));
+    LOWBIT_TRY(check_operand("y", y, tokens, size, y_stride));
+  }
   if (residual) {
     LOWBIT_TRY(check_operand("residual", residual, tokens, size, residual_stride));
     LOWBIT_TRY(check_operand("sum", sum, tokens, size, sum_stride));

@@ -24,7 +24,7 @@ struct RmsNorm {
   int64_t sum_stride;
   const void* weight;
   float eps;
-  void* y;
+  void* y;  // or NULL: the sum alone
   int64_t y_stride;
 };
 typedef void (*RmsNormKernel)(const RmsNorm* n, int64_t token_begin, int64_t token_end);

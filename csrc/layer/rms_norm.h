@@ -27,6 +27,7 @@ void rms_norm(const RmsNorm& n, int64_t token_begin, int64_t token_end) {
         store_part<L, D>(sum, k, count, s);
         squares = L::fma(s, s, squares);
       }
+      if (!n.y) continue;
       from = sum;
     } else {
       for (int64_t k = 0; k < n.size; k += kVector) {

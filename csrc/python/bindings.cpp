@@ -67,6 +67,30 @@ struct Matrix : lowbit_matrix {
   lowbit_cuda_queue queue(uintptr_t stream) const { return {device, pointer<void>(stream)}; }
 };
 
+// A decoder layer: matrices as they were when it was made, addresses of biases and norms. Whoever makes one keeps the memory
+// alive. decode: one token of each sequence, past the `past` places of a cache.
+struct DecoderLayer {
+  Matrix matrices[7];
+  lowbit_decoder_layer view{};
+
+  DecoderLayer(const std::vector<Matrix>& linears, const std::vector<std::pair<uintptr_t, int>>& biases,
+               const std::vector<int>& activations, const std::vector<std::pair<uintptr_t, float>>& norms) {
+    if (linears.size() != 7 || biases.size() != 7 || activations.size() != 7 || norms.size() != 4)
+      throw py::value_error("layer: expected 7 matrices, biases and activations, and 4 norms");
+    lowbit_linear* const parts[] = {&view.q, &view.k, &view.v, &view.o, &view.gate, &view.up, &view.down};
+    for (size_t i = 0; i < 7; i++) {
+      if (linears[i].device >= 0) throw py::value_error("layer: expected matrices on the CPU");
+      matrices[i] = linears[i];
+      *parts[i] = {&matrices[i], pointer<const void>(biases[i].first), lowbit_dtype(biases[i].second),
+                   lowbit_activations(activations[i])};
+    }
+    lowbit_norm* const places[] = {&view.input, &view.output, &view.q_norm, &view.k_norm};
+    for (size_t i = 0; i < 4; i++) *places[i] = {pointer<const void>(norms[i].first), norms[i].second};
+  }
+  DecoderLayer(const DecoderLayer&) = delete;
+  DecoderLayer& operator=(const DecoderLayer&) = delete;
+};
+
 Matrix matrix(int format, int64_t rows, int64_t cols, int64_t group_size, uintptr_t codes, uintptr_t scales,
               int scale_dtype, int64_t scale_rows, int64_t scale_cols, uintptr_t zeros, uintptr_t perm,
               int32_t device) {
@@ -420,66 +444,33 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("matrices"), py::arg("biases"), py::arg("ys"), py::arg("x"), py::arg("dtype"), py::arg("tokens"),
       py::arg("x_stride"), py::arg("activations"));
 
-  m.def(
-      "rms_norm",
-      [](uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t weight, float eps,
-         int dtype, int64_t tokens, int64_t size, uintptr_t sum, int64_t sum_stride, uintptr_t y, int64_t y_stride) {
-        run([&] {
-          return lowbit_rms_norm(pointer<const void>(x), x_stride, pointer<const void>(residual), residual_stride,
-                                 pointer<const void>(weight), eps, lowbit_dtype(dtype), tokens, size,
-                                 pointer<void>(sum), sum_stride, pointer<void>(y), y_stride);
-        });
-      },
-      py::arg("x"), py::arg("x_stride"), py::arg("residual"), py::arg("residual_stride"), py::arg("weight"),
-      py::arg("eps"), py::arg("dtype"), py::arg("tokens"), py::arg("size"), py::arg("sum"), py::arg("sum_stride"),
-      py::arg("y"), py::arg("y_stride"));
-  m.def(
-      "silu_mul",
-      [](uintptr_t gate, int64_t gate_stride, uintptr_t up, int64_t up_stride, int dtype, int64_t tokens, int64_t size,
-         uintptr_t y, int64_t y_stride) {
-        run([&] {
-          return lowbit_silu_mul(pointer<const void>(gate), gate_stride, pointer<const void>(up), up_stride,
-                                 lowbit_dtype(dtype), tokens, size, pointer<void>(y), y_stride);
-        });
-      },
-      py::arg("gate"), py::arg("gate_stride"), py::arg("up"), py::arg("up_stride"), py::arg("dtype"), py::arg("tokens"),
-      py::arg("size"), py::arg("y"), py::arg("y_stride"));
-  m.def(
-      "decode_attention",
-      [](int dtype, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t head_size, int64_t past, float scale,
-         uintptr_t q, uintptr_t k, uintptr_t v, int64_t q_stride, int64_t k_stride, int64_t v_stride, uintptr_t cos,
-         uintptr_t sin, int64_t angle_stride, uintptr_t keys, uintptr_t values, int64_t cache_sequence_stride,
-         int64_t cache_head_stride, uintptr_t y, int64_t y_stride) {
-        lowbit_decode_step step{};
-        step.dtype = lowbit_dtype(dtype);
-        step.sequences = sequences;
-        step.heads = heads;
-        step.kv_heads = kv_heads;
-        step.head_size = head_size;
-        step.past = past;
-        step.scale = scale;
-        step.q = pointer<const void>(q);
-        step.k = pointer<const void>(k);
-        step.v = pointer<const void>(v);
-        step.q_stride = q_stride;
-        step.k_stride = k_stride;
-        step.v_stride = v_stride;
-        step.cos = pointer<const void>(cos);
-        step.sin = pointer<const void>(sin);
-        step.angle_stride = angle_stride;
-        step.keys = pointer<void>(keys);
-        step.values = pointer<void>(values);
-        step.cache_sequence_stride = cache_sequence_stride;
-        step.cache_head_stride = cache_head_stride;
-        step.y = pointer<void>(y);
-        step.y_stride = y_stride;
-        run([&] { return lowbit_decode_attention(&step); });
-      },
-      py::arg("dtype"), py::arg("sequences"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_size"),
-      py::arg("past"), py::arg("scale"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_stride"),
-      py::arg("k_stride"), py::arg("v_stride"), py::arg("cos"), py::arg("sin"), py::arg("angle_stride"),
-      py::arg("keys"), py::arg("values"), py::arg("cache_sequence_stride"), py::arg("cache_head_stride"), py::arg("y"),
-      py::arg("y_stride"));
+  py::class_<DecoderLayer>(m, "DecoderLayer")
+      .def(py::init<const std::vector<Matrix>&, const std::vector<std::pair<uintptr_t, int>>&, const std::vector<int>&,
+                    const std::vector<std::pair<uintptr_t, float>>&>(),
+           py::arg("matrices"), py::arg("biases"), py::arg("activations"), py::arg("norms"))
+      .def(
+          "decode",
+          [](const DecoderLayer& layer, int dtype, int64_t sequences, int64_t head_size, float scale, uintptr_t x,
+             uintptr_t y, int64_t past, uintptr_t cos, uintptr_t sin, int64_t angle_stride, uintptr_t keys,
+             uintptr_t values, int64_t cache_sequence_stride, int64_t cache_head_stride) {
+            lowbit_decode_step step{};
+            step.dtype = lowbit_dtype(dtype);
+            step.sequences = sequences;
+            step.head_size = head_size;
+            step.past = past;
+            step.scale = scale;
+            step.cos = pointer<const void>(cos);
+            step.sin = pointer<const void>(sin);
+            step.angle_stride = angle_stride;
+            step.keys = pointer<void>(keys);
+            step.values = pointer<void>(values);
+            step.cache_sequence_stride = cache_sequence_stride;
+            step.cache_head_stride = cache_head_stride;
+            run([&] { return lowbit_decode_layer(&layer.view, &step, pointer<const void>(x), pointer<void>(y)); });
+          },
+          py::arg("dtype"), py::arg("sequences"), py::arg("head_size"), py::arg("scale"), py::arg("x"), py::arg("y"),
+          py::arg("past"), py::arg("cos"), py::arg("sin"), py::arg("angle_stride"), py::arg("keys"), py::arg("values"),
+          py::arg("cache_sequence_stride"), py::arg("cache_head_stride"));
 
   m.def("cpu_features", [] { return std::string(lowbit_cpu_features()); });
   m.def("isa", [] { return std::string(lowbit_isa()); });

@@ -219,56 +219,33 @@ def matmul_group(
     x_stride: int,
     activations: int,
 ) -> None: ...
-def rms_norm(
-    x: int,
-    x_stride: int,
-    residual: int,
-    residual_stride: int,
-    weight: int,
-    eps: float,
-    dtype: int,
-    tokens: int,
-    size: int,
-    sum: int,
-    sum_stride: int,
-    y: int,
-    y_stride: int,
-) -> None: ...
-def silu_mul(
-    gate: int,
-    gate_stride: int,
-    up: int,
-    up_stride: int,
-    dtype: int,
-    tokens: int,
-    size: int,
-    y: int,
-    y_stride: int,
-) -> None: ...
-def decode_attention(
-    dtype: int,
-    sequences: int,
-    heads: int,
-    kv_heads: int,
-    head_size: int,
-    past: int,
-    scale: float,
-    q: int,
-    k: int,
-    v: int,
-    q_stride: int,
-    k_stride: int,
-    v_stride: int,
-    cos: int,
-    sin: int,
-    angle_stride: int,
-    keys: int,
-    values: int,
-    cache_sequence_stride: int,
-    cache_head_stride: int,
-    y: int,
-    y_stride: int,
-) -> None: ...
+
+class DecoderLayer:
+    def __init__(
+        self,
+        matrices: list[Matrix],
+        biases: list[tuple[int, int]],
+        activations: list[int],
+        norms: list[tuple[int, float]],
+    ) -> None: ...
+    def decode(
+        self,
+        dtype: int,
+        sequences: int,
+        head_size: int,
+        scale: float,
+        x: int,
+        y: int,
+        past: int,
+        cos: int,
+        sin: int,
+        angle_stride: int,
+        keys: int,
+        values: int,
+        cache_sequence_stride: int,
+        cache_head_stride: int,
+    ) -> None: ...
+
 def cpu_features() -> str: ...
 def isa() -> str: ...
 def set_isa(isa: str) -> None: ...

@@ -22,6 +22,13 @@ from lowbit.matrix import PackedMatrix, require_finite
 from lowbit.ternary import ActivationQuant, WeightQuant, weight_quant
 
 _SIDE_TENSORS = ("weight_scale", "weight_zero", "weight_perm")
+_changes = 0
+
+
+def changes() -> int:
+    """How often attributes of modules here were set so far: whoever keeps what a module is made of (addresses, a mode)
+    can tell by it that none has changed since."""
+    return _changes
 
 
 class PackedModule(nn.Module):
@@ -123,6 +130,8 @@ class PackedModule(nn.Module):
         return self.name or type(self).__name__
 
     def __setattr__(self, name: str, value) -> None:
+        global _changes
+        _changes += 1
         # How Transformers ties a head to an embedding: it assigns one's `weight` to the other. The codes of a matrix
         # bring their scales along, or the weight would be neither's.
         tied = PackedMatrix.of(value) if name == "weight" and isinstance(value, Tensor) else None

@@ -291,6 +291,125 @@ void test_attention(const Shape& s, lowbit_dtype dtype, Kind kind) {
   });
 }
 
+// A layer of random matrices of mixed formats, and the calls that lowbit_decode_layer stands for, one after the other.
+struct Layer {
+  int64_t hidden, heads, kv_heads, size, inner;
+  std::vector<TestMatrix> matrices;
+  Elements bias, weights;
+  lowbit_decoder_layer view{};
+
+  Layer(lowbit_dtype dtype, bool head_norms, lowbit_activations mode)
+      : hidden(96),
+        heads(6),
+        kv_heads(2),
+        size(32),
+        inner(160),
+        bias(Elements::normal(LOWBIT_F32, 192)),
+        weights(Elements::normal(dtype, 96)) {
+    const int64_t shapes[7][2] = {{heads * size, hidden}, {kv_heads * size, hidden}, {kv_heads * size, hidden},
+                                  {hidden, heads * size}, {inner, hidden},           {inner, hidden},
+                                  {hidden, inner}};
+    const int formats[7] = {4, 4, 8, 3, 2, 4, 4};
+    for (int i = 0; i < 7; i++)
+      matrices.emplace_back(Case{formats[i], shapes[i][0], shapes[i][1], 32, i == 1, i == 5, 0, LOWBIT_F16, false},
+                            random_bits);
+    lowbit_linear* const linears[] = {&view.q, &view.k, &view.v, &view.o, &view.gate, &view.up, &view.down};
+    for (int i = 0; i < 7; i++)
+      *linears[i] = {&matrices[size_t(i)].view, i < 3 ? bias.data() : nullptr, LOWBIT_F32, mode};
+    view.input = {weights.data(), 1e-5f}, view.output = {weights.data(), 1e-6f};
+    if (head_norms) view.q_norm = view.k_norm = {weights.data(), 1e-4f};
+  }
+};
+
+void test_layer(lowbit_dtype dtype, bool head_norms, lowbit_activations mode, int64_t sequences) {
+  Layer layer(dtype, head_norms, mode);
+  const lowbit_decoder_layer& l = layer.view;
+  Step step({sequences, layer.heads, layer.kv_heads, layer.size, 5, true, true}, dtype, Kind::random);
+  Elements unused(dtype, sequences * layer.heads * layer.size);
+  CHECK(step.run(&unused) == LOWBIT_OK, "%s", lowbit_last_error());
+  const Elements keys = step.keys, values = step.values, x = Elements::normal(dtype, sequences * layer.hidden);
+
+  auto made = [&](int64_t width) { return Elements(dtype, sequences * width); };
+  const int64_t hidden = layer.hidden, q_width = layer.heads * layer.size, kv_width = layer.kv_heads * layer.size;
+  Elements normed = made(hidden), sum = made(hidden), out = made(hidden), wanted = made(hidden);
+  Elements q = made(q_width), k = made(kv_width), v = made(kv_width), seen = made(q_width);
+  Elements gate = made(layer.inner), up = made(layer.inner);
+  auto multiply = [&](const lowbit_linear& linear, const Elements& from, Elements* to) {
+    CHECK(lowbit_matmul(linear.w, from.data(), dtype, sequences, linear.w->cols, linear.bias, linear.bias_dtype,
+                        to->data(), linear.w->rows, linear.activations, nullptr, 0) == LOWBIT_OK,
+          "%s", lowbit_last_error());
+  };
+  auto norm = [&](const lowbit_norm& n, const Elements& from, const void* residual, int64_t rows, int64_t width,
+                  void* to) {
+    CHECK(lowbit_rms_norm(from.data(), width, residual, width, n.weight, n.eps, dtype, rows, width, sum.data(), width,
+                          to, width) == LOWBIT_OK,
+          "%s", lowbit_last_error());
+  };
+  norm(l.input, x, nullptr, sequences, hidden, normed.data());
+  multiply(l.q, normed, &q), multiply(l.k, normed, &k), multiply(l.v, normed, &v);
+  if (head_norms) {
+    norm(l.q_norm, q, nullptr, sequences * layer.heads, layer.size, q.data());
+    norm(l.k_norm, k, nullptr, sequences * layer.kv_heads, layer.size, k.data());
+  }
+  lowbit_decode_step attention = step.view;
+  attention.q = q.data(), attention.k = k.data(), attention.v = v.data(), attention.y = seen.data();
+  attention.q_stride = attention.y_stride = q_width, attention.k_stride = attention.v_stride = kv_width;
+  CHECK(lowbit_decode_attention(&attention) == LOWBIT_OK, "%s", lowbit_last_error());
+  multiply(l.o, seen, &out);
+  norm(l.output, out, x.data(), sequences, hidden, normed.data());
+  multiply(l.gate, normed, &gate), multiply(l.up, normed, &up);
+  CHECK(lowbit_silu_mul(gate.data(), layer.inner, up.data(), layer.inner, dtype, sequences, layer.inner, gate.data(),
+                        layer.inner) == LOWBIT_OK,
+        "%s", lowbit_last_error());
+  multiply(l.down, gate, &out);
+  for (int64_t i = 0; i < sequences * hidden; i++) lowbit::store_float(wanted.data(), dtype, i, float(out[i] + sum[i]));
+  const Elements wanted_keys = step.keys, wanted_values = step.values;
+
+  everywhere("decode_attention", [&](const char* isa) {
+    for (const bool in_place : {false, true}) {
+      step.keys = keys, step.values = values;
+      lowbit_decode_step given = step.view;
+      given.q = given.k = given.v = given.y = nullptr, given.heads = given.kv_heads = 0;
+      Elements y = in_place ? x : made(hidden);
+      const void* from = in_place ? y.data() : x.data();
+      CHECK(lowbit_decode_layer(&l, &given, from, y.data()) == LOWBIT_OK, "%s", lowbit_last_error());
+      CHECK(y.bytes == wanted.bytes && step.keys.bytes == wanted_keys.bytes && step.values.bytes == wanted_values.bytes,
+            "decode_layer %s: not the bits of its calls one by one", isa);
+    }
+  });
+}
+
+void test_layer_refusals() {
+  auto refused = [](auto change, const char* words) {
+    Layer layer(LOWBIT_F32, true, LOWBIT_ACT_FLOAT);
+    Step step({1, 6, 2, 32, 5, true, false}, LOWBIT_F32, Kind::random);
+    Elements y(LOWBIT_F32, 6 * 32);
+    CHECK(step.run(&y) == LOWBIT_OK, "%s", lowbit_last_error());
+    const std::vector<uint8_t> keys = step.keys.bytes;
+    const void* x = y.data();
+    change(&layer.view, &step.view, &x);
+    CHECK(lowbit_decode_layer(&layer.view, &step.view, x, y.data()) == LOWBIT_INVALID_ARGUMENT &&
+              std::strstr(lowbit_last_error(), words),
+          "expected \"%s\", got %s", words, lowbit_last_error());
+    CHECK(step.keys.bytes == keys, "a refused layer wrote");
+  };
+  using L = lowbit_decoder_layer*;
+  using S = lowbit_decode_step*;
+  using X = const void**;
+  refused([](L l, S, X) { l->down.w = l->q.w; }, "down: expected [96, 160], got [192, 96]");
+  refused([](L l, S, X) { l->v.w = l->q.w; }, "v: expected [64, 96], got [192, 96]");
+  refused([](L l, S, X) { l->up.w = nullptr; }, "matrix: expected a pointer");
+  refused([](L l, S, X) { l->input.weight = nullptr; }, "weight: expected a pointer");
+  refused([](L, S s, X) { s->head_size = 48; },
+          "head_size: expected a divisor of the rows of q (192) and k (64), got 48");
+  refused([](L, S s, X) { s->head_size = 0; }, "head_size");
+  refused([](L, S s, X) { s->dtype = LOWBIT_I32; }, "dtype");
+  refused([](L, S s, X) { s->sequences = int64_t(1) << 45; }, "sequences: expected 0 or more");
+  refused([](L, S s, X) { s->values = nullptr; }, "values: expected a pointer");
+  refused([](L, S, X x) { *x = nullptr; }, "x and y: expected pointers");
+  CHECK(lowbit_decode_layer(nullptr, nullptr, nullptr, nullptr) == LOWBIT_INVALID_ARGUMENT, "no layer");
+}
+
 void test_refusals() {
   float x[64] = {}, y[64];
   auto refused = [](lowbit_status status, const char* words) {
@@ -310,6 +429,7 @@ void test_refusals() {
   refused(norm(x, nullptr, x, 0, LOWBIT_F32, 1, 0, 8, nullptr), "size: expected 1 to 2^46, got 0");
   refused(norm(x, nullptr, x, 0, LOWBIT_F32, -1, 8, 8, nullptr), "tokens: expected 0 or more");
   CHECK(norm(nullptr, nullptr, nullptr, 0, LOWBIT_F32, 0, 8, 8, nullptr) == LOWBIT_OK, "no tokens, no pointers");
+  CHECK(lowbit_rms_norm(x, 8, x, 8, nullptr, 0, LOWBIT_F32, 1, 8, y, 8, nullptr, 8) == LOWBIT_OK, "the sum alone");
   refused(lowbit_silu_mul(x, 8, nullptr, 8, LOWBIT_F32, 1, 8, y, 8), "up: expected a pointer");
   refused(lowbit_silu_mul(x, 8, x, 8, LOWBIT_F32, int64_t(1) << 45, 8, y, 8), "below 2^46 elements");
 
@@ -366,6 +486,11 @@ int main() {
     test_attention({2, 32, 8, 128, 700, true, false}, dtype, Kind::random);
     test_attention({1, 8, 2, 64, 100, false, false}, dtype, Kind::random);
   }
+  for (const lowbit_dtype dtype : kDtypes)
+    for (const bool head_norms : {false, true})
+      for (const lowbit_activations mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8})
+        for (const int64_t sequences : {1, 3}) test_layer(dtype, head_norms, mode, sequences);
+  test_layer_refusals();
   test_silu_of_no_number();
   test_refusals();
   return check::finish("test_layer");

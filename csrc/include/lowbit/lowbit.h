@@ -201,7 +201,8 @@ LOWBIT_API lowbit_status lowbit_gather_bags(const lowbit_matrix* w, const void* 
  * every operand of a call. Strides in elements. Bit-identical for every ISA and thread count. */
 
 /* y[m] = weight * (s / sqrt(mean(s^2) + eps)), s = x[m] + residual[m]; x, residual, sum and y [tokens][size], weight
- * [size]. residual NULL: s = x[m] and sum is not written; else sum[m] = s. sum may be x or residual, y may be x. */
+ * [size]. residual NULL: s = x[m] and sum is not written; else sum[m] = s. With a residual y may be NULL: the sum alone,
+ * and weight is not read. sum may be x or residual, y may be x. */
 LOWBIT_API lowbit_status lowbit_rms_norm(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
                                          const void* weight, float eps, lowbit_dtype dtype, int64_t tokens,
                                          int64_t size, void* sum, int64_t sum_stride, void* y, int64_t y_stride);
@@ -229,6 +230,33 @@ typedef struct lowbit_decode_step {
 /* Rotates q and k (x * cos + [-x2, x1] * sin), puts k and v at place `past` of the cache, and attends to places 0 to past:
  * y[h] = sum_t softmax_t(scale * q[h] . keys[t]) * values[t], query head h reading kv head h / (heads / kv_heads). */
 LOWBIT_API lowbit_status lowbit_decode_attention(const lowbit_decode_step* step);
+
+/* A linear of a layer, and a norm (weight [size] of the layer's dtype). */
+typedef struct lowbit_linear {
+  const lowbit_matrix* w;
+  const void* bias; /* [rows] of bias_dtype, or NULL */
+  lowbit_dtype bias_dtype;
+  lowbit_activations activations;
+} lowbit_linear;
+
+typedef struct lowbit_norm {
+  const void* weight; /* NULL: there is no such norm */
+  float eps;
+} lowbit_norm;
+
+/* A pre-norm layer with a gated MLP: Llama's, Mistral's, Qwen2's, and with norms of queries and keys Qwen3's. q, k and v
+ * quantize their input alike, and so do gate and up: by the activations of the first. */
+typedef struct lowbit_decoder_layer {
+  lowbit_linear q, k, v, o, gate, up, down;
+  lowbit_norm input, output, q_norm, k_norm; /* of the layer's input, its attention's output, each head of q and of k */
+} lowbit_decoder_layer;
+
+/* A whole layer for one new token of each sequence, x and y [sequences][hidden], which may be one:
+ *   s = x + o(attention(q, k, v of norm(x))),  y = s + down(silu(gate(norm(s))) * up(norm(s))).
+ * Of `step` q, k, v, y and their strides are not read, nor head counts: they follow from the matrices' rows. The bits of
+ * the calls above, one after the other. Takes scratch from the heap within the call. */
+LOWBIT_API lowbit_status lowbit_decode_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step,
+                                             const void* x, void* y);
 
 /* ---- the GPTQ column solver ---- */
 

@@ -7,7 +7,6 @@ import sys
 from torch import Tensor
 
 _LEAST_ROOM = 64  # places that a cache grows by, at least
-
 _KEY = "_lowbit_room"  # where a cache's layer carries its room
 
 
@@ -15,14 +14,15 @@ class CacheRoom:
     """Keys and values [sequences, kv_heads, places, size] of which the first `filled` places are the cache's.
 
     The cache's layer holds views of just these, so that everyone else sees the tensors they know; what they do with
-    them (concatenate, crop, reorder) gives tensors that are no such views, and then the layer gets a new room. So does
-    whoever comes second to a place: caches that were one (a shallow copy, a crop) never write over each other.
+    them (concatenate, crop, reorder) gives other tensors, and then the layer gets a new room. So does whoever comes
+    second to a place: caches that were one (a shallow copy, a crop) never write over each other.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor):
+    def __init__(self, layer, keys: Tensor, values: Tensor):
         self.filled = keys.shape[2]
-        places = self.filled + max(_LEAST_ROOM, self.filled // 4)
-        self.keys, self.values = (_longer(tensor, places) for tensor in (keys, values))
+        self.places = self.filled + max(_LEAST_ROOM, self.filled // 4)
+        self.keys, self.values = (_longer(tensor, self.places) for tensor in (keys, values))
+        self._show(layer)
 
     @classmethod
     def of(cls, cache, index: int, like: Tensor, kv_heads: int, size: int) -> CacheRoom | None:
@@ -35,33 +35,25 @@ class CacheRoom:
         if type(layer) is not caches.DynamicLayer or not layer.is_initialized:
             return None
         keys, values = layer.keys, layer.values
-        shape = keys.shape
-        if (
-            len(shape) != 4
-            or (shape[0], shape[1], shape[3]) != (like.shape[0], kv_heads, size)
-            or values.shape != shape
-        ):
-            return None
-        if keys.dtype != like.dtype or values.dtype != like.dtype or not keys.is_cpu or not values.is_cpu:
-            return None
         room = layer.__dict__.get(_KEY)
-        if room is None or not room._holds(keys, values):
-            room = layer.__dict__[_KEY] = cls(keys, values)
+        if room is not None and room.shown_keys is keys and room.shown_values is values and room.filled < room.places:
+            return room if room.keys.shape[0] == like.shape[0] else None
+        shape = keys.shape
+        if len(shape) != 4 or (shape[0], shape[1], shape[3]) != (like.shape[0], kv_heads, size):
+            return None
+        if any(t.shape != shape or t.dtype != like.dtype or not t.is_cpu for t in (keys, values)):
+            return None
+        room = layer.__dict__[_KEY] = cls(layer, keys, values)
         return room
 
     def append(self, cache, index: int) -> None:
         """Counts the next place as filled and shows it to the cache."""
         self.filled += 1
-        layer = cache.layers[index]
-        layer.keys, layer.values = self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        self._show(cache.layers[index])
 
-    def _holds(self, keys: Tensor, values: Tensor) -> bool:
-        return (
-            keys.data_ptr() == self.keys.data_ptr()
-            and values.data_ptr() == self.values.data_ptr()
-            and keys.shape[2] == self.filled < self.keys.shape[2]
-            and keys.shape[0] == self.keys.shape[0]
-        )
+    def _show(self, layer) -> None:
+        layer.keys = self.shown_keys = self.keys.narrow(2, 0, self.filled)
+        layer.values = self.shown_values = self.values.narrow(2, 0, self.filled)
 
 
 def _longer(tensor: Tensor, places: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Decoder layers of Transformers in few calls.
+"""Decoder layers of Transformers, a token at a time, in one call.
 
 Between the products of a packed layer torch runs some seventy small operators, on caches that the weights have just
-gone through: a quarter of a token's time. Here one token of a layer of a known family is a norm, a group of products,
-rotation and attention in one call over a cache that grows in place, a product, a norm, a group, the gate, a product.
-All round where Transformers' modules round, so results differ from theirs by the order of fp32 sums.
+gone through: a quarter of a token's time. Here one token of a layer of a known family is one call
+(lowbit_decode_layer), over a cache that grows in place. It rounds where Transformers' modules round, so results differ
+from theirs by the order of fp32 sums.
 
 Modules stay what and where they are. A layer gets a `forward` of its own that goes this way when nobody can tell:
 inference on the CPU in one dtype, a token at a time, no mask, Transformers' own growing cache, linears and norms that
@@ -20,64 +20,89 @@ import warnings
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
-from lowbit import abi
+from lowbit import _C, abi
+from lowbit import nn as lowbit_nn
 from lowbit.integrations.cache_room import CacheRoom
-from lowbit.nn import Linear
 
 _FAMILIES = ("llama.modeling_llama.Llama", "mistral.modeling_mistral.Mistral")
 _FAMILIES += ("qwen2.modeling_qwen2.Qwen2", "qwen3.modeling_qwen3.Qwen3")
 _LAYERS = frozenset(f"transformers.models.{family}DecoderLayer" for family in _FAMILIES)
 _SAID_ELSEWHERE = frozenset({"position_ids", "use_cache", "cache_position"})  # by the angles and the cache
-# Of what a layer adds, in the trial: twice what the order of sums and the rounding of int8 activations make of bf16.
+# Of what a layer adds, in the trial: several times what the order of sums and the rounding of int8 activations make of
+# bf16 (.005 and .017).
 _TOLERANCE = 0.05
 
 
 def fuse(model: nn.Module, enabled: bool = True) -> int:
-    """Lets the decoder layers of known families decode in few calls, or (enabled=False) as Transformers has it; returns
-    how many layers there are.
+    """Lets the decoder layers of known families decode in one call each, or (enabled=False) as Transformers has it;
+    returns how many layers there are.
 
     Done to every model that is packed; call it for layers that came later, or to switch it off. A layer whose `forward`
     somebody replaced stays as it is.
     """
-    trials: dict[type, _Trial] = {}
+    families: dict[type, _Family] = {}
     count = 0
     for layer in model.modules():
         if f"{type(layer).__module__}.{type(layer).__qualname__}" not in _LAYERS:
             continue
         own = layer.__dict__.get("forward")
         if own is None and enabled:
-            own = layer.forward = FusedLayer(layer, trials.setdefault(type(layer), _Trial()))
+            own = layer.forward = FusedLayer(layer, families.setdefault(type(layer), _Family()))
         elif isinstance(own, FusedLayer) and not enabled:
             del layer.forward
         count += isinstance(own, FusedLayer)
     return count
 
 
-class _Trial:
-    """Whether the layers of a class gave the same both ways when the first of them was asked; None before."""
+class _Family:
+    """What the layers of one class in a model have in common.
 
-    agrees: bool | None = None
+    agrees: whether the first of them that was asked gave the same both ways; None before.
+    angles: the last ones that a layer was given, and what the call makes of them: all layers are given the same.
+    """
+
+    def __init__(self):
+        self.agrees: bool | None = None
+        self.angles: tuple | None = None
+        self.angle_arguments: tuple[int, int, int] | None = None
+
+    def arguments_of(self, angles: tuple, x: Tensor, size: int) -> tuple[int, int, int] | None:
+        """(address of cos, of sin, stride) of what came as position_embeddings; None for angles of another kind."""
+        if angles is not self.angles:
+            cos, sin = self.angles = angles
+            wanted = ((x.shape[0], 1, size), (1, 1, size))
+            fits = cos.shape in wanted and cos.shape == sin.shape
+            fits = fits and all(a.dtype == x.dtype and a.is_cpu and a.is_contiguous() for a in angles)
+            stride = size if cos.shape[0] == x.shape[0] else 0
+            self.angle_arguments = (cos.data_ptr(), sin.data_ptr(), stride) if fits else None
+        return self.angle_arguments
+
+    def __getstate__(self) -> dict:
+        return {"agrees": self.agrees, "angles": None, "angle_arguments": None}
 
 
 class FusedLayer:
-    """The forward of a decoder layer: in few calls where nobody can tell, else its class's."""
+    """The forward of a decoder layer: one call where nobody can tell, else its class's."""
 
-    def __init__(self, layer: nn.Module, trial: _Trial):
-        self.layer, self.trial = layer, trial
+    def __init__(self, layer: nn.Module, family: _Family):
+        self.layer, self.family = layer, family
+        self.parts: _Parts | None = None
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        if not args and self.trial.agrees is not False and _is_one_token(hidden_states):
+        family = self.family
+        if not args and family.agrees is not False and _is_one_token(hidden_states):
             step = self._step(hidden_states, kwargs)
             if step is not None:
-                if self.trial.agrees is None:
-                    self.trial.agrees = _agrees(self.layer, step[0], hidden_states)
-                if self.trial.agrees:
-                    return _decode(hidden_states, *step)
+                if family.agrees is None:
+                    family.agrees = _agrees(self.layer, self.parts, hidden_states)
+                if family.agrees:
+                    return _decode(hidden_states, self.parts, *step)
         return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
 
     def _step(self, x: Tensor, kwargs: dict) -> tuple | None:
-        """What `_decode` needs beside x, or None where the layer's class has to be asked."""
+        """What `_decode` needs beside x and the parts, or None where the layer's class has to be asked."""
         cache = angles = None
         for name, value in kwargs.items():
             if name == "past_key_values":
@@ -86,93 +111,124 @@ class FusedLayer:
                 angles = value
             elif value is not None and name not in _SAID_ELSEWHERE:
                 return None  # an attention_mask above all: without one, every place that was before is seen
-        parts = _Parts.of(self.layer, x)
-        if parts is None or cache is None or angles is None:
+        if cache is None or angles is None:
             return None
-        size = parts.head_size
-        if any(a.dtype != x.dtype or a.shape[1:] != (1, size) or not a.is_contiguous() for a in angles):
-            return None  # angles of a part of each head
-        room = CacheRoom.of(cache, parts.index, x, parts.linears[1].out_features // size, size)
-        return None if room is None else (parts, room, cache, angles)
+        parts = self.parts
+        if parts is None or not parts.hold(x):
+            parts = self.parts = _Parts.of(self.layer, x)
+            if parts is None:
+                return None
+        arguments = self.family.arguments_of(angles, x, parts.head_size)
+        room = CacheRoom.of(cache, parts.index, x, parts.kv_heads, parts.head_size)
+        return None if arguments is None or room is None else (arguments, room, cache)
+
+    def __getstate__(self) -> dict:
+        return {"layer": self.layer, "family": self.family, "parts": None}
 
 
 def _is_one_token(x: Tensor) -> bool:
     """Whether x is a token of each sequence that is computed as it stands: nothing watches, no gradient, no cast."""
     if x.ndim != 3 or x.shape[1] != 1 or not x.is_cpu or x.dtype not in abi.FLOAT_DTYPES or torch.is_grad_enabled():
         return False
-    return abi.runs_eagerly(x) and not torch.is_autocast_enabled("cpu") and not torch_module._has_any_global_hook()
+    return x.is_contiguous() and abi.runs_eagerly(x) and not torch.is_autocast_enabled("cpu")
 
 
-def _decode(x: Tensor, parts: _Parts, room: CacheRoom, cache, angles: tuple[Tensor, Tensor]) -> Tensor:
+def _decode(x: Tensor, parts: _Parts, angles: tuple[int, int, int], room: CacheRoom, cache) -> Tensor:
     """x [sequences, 1, hidden] -> the layer's output; the cache is one place longer."""
-    q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj = parts.linears
-    normed, _ = abi.rms_norm(x, *parts.norms[0])
-    q, k, v = _group((q_proj, k_proj, v_proj), normed)
-    if len(parts.norms) > 2:
-        heads = (-1, parts.head_size)
-        q = abi.rms_norm(q.view(heads), *parts.norms[2])[0].view(q.shape)
-        k = abi.rms_norm(k.view(heads), *parts.norms[3])[0].view(k.shape)
-    y = abi.decode_attention(q, k, v, angles, room.keys, room.values, room.filled, parts.scale)
+    y, keys, values = torch.empty_like(x), room.keys, room.values
+    strides = keys.stride()
+    of_cache = (keys.data_ptr(), values.data_ptr(), strides[0], strides[1])
+    parts.native.decode(
+        *(parts.dtype_number, x.shape[0], parts.head_size, parts.scale, x.data_ptr(), y.data_ptr(), room.filled),
+        *angles,
+        *of_cache,
+    )
     room.append(cache, parts.index)
-    normed, x = abi.rms_norm(_product(o_proj, y), *parts.norms[1], residual=x)
-    gate, up = _group((gate_proj, up_proj), normed)
-    return _product(down_proj, abi.silu_mul(gate, up)).add_(x)
-
-
-def _product(linear: Linear, x: Tensor) -> Tensor:
-    return abi.matmul(linear.packed._view, x, linear._parameters["bias"], linear.activations)
-
-
-def _group(linears: tuple[Linear, ...], x: Tensor) -> list[Tensor]:
-    views, biases = [m.packed._view for m in linears], [m._parameters["bias"] for m in linears]
-    return abi.matmul_group(views, x, biases, linears[0].activations)
+    return y
 
 
 class _Parts:
-    """What `_decode` takes from a layer: linears (q, k, v, o, gate, up, down), norms as (weight, eps): of the layer's
-    input, of its attention's output and, in Qwen3, of queries and keys."""
+    """A layer as lowbit_decode_layer takes it: its linears and norms where they are plain, and how to tell that they
+    still are. Looking at every module for every token would take longer than the call."""
 
-    __slots__ = ("head_size", "index", "linears", "norms", "scale")
+    def __init__(self, layer: nn.Module, x: Tensor):
+        """AttributeError, KeyError: a layer of another make. _NotPlainError: one that a call must not pass over."""
+        attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
+        inner, outer = attention._modules, mlp._modules
+        linears = [inner[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+        linears += [outer[name] for name in ("gate_proj", "up_proj", "down_proj")]
+        norms = [layer._modules["input_layernorm"], layer._modules["post_attention_layernorm"]]
+        norms += [inner["q_norm"], inner["k_norm"]] if "q_norm" in inner else []
+        activation = outer["act_fn"]
+        # What has to be as it is now: `hold` compares.
+        self.children = [(module._modules, list(module._modules.values())) for module in (layer, attention, mlp)]
+        self.others = [module.__dict__ for module in (attention, mlp, activation, *norms)]
+        self.config, self.dtype = attention.config, x.dtype
+
+        _require(all(type(m) is lowbit_nn.Linear and m.layout is not None and m.rms_norm is None for m in linears))
+        _require(type(activation).__name__ in ("SiLU", "SiLUActivation"))
+        _require(not torch_module._has_any_global_hook())
+        for held in (*self.others, *(linear.__dict__ for linear in linears)):
+            _require(
+                not (held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held or held["training"])
+            )
+        q, k, v, _, gate, up, _ = (linear.activations for linear in linears)
+        _require(q == k == v and gate == up)
+        self.index, self.scale, self.head_size = attention.layer_idx, float(attention.scaling), attention.head_dim
+        self.kv_heads = linears[1].out_features // self.head_size
+        _require(self.head_size % 16 == 0 and linears[1].out_features % self.head_size == 0)
+        self.dtype_number = abi.FLOAT_DTYPES[x.dtype]
+
+        # Alive as long as their addresses are in use, whatever becomes of the modules.
+        self.matrices = [linear.packed for linear in linears]  # checks the values of one that was never used
+        self.version = (lowbit_nn.changes(), RemovableHandle.next_id)
+        self.norms = [(norm._parameters, norm._parameters["weight"]) for norm in norms]
+        norm_weights = [weight for _, weight in self.norms]
+        biases = [linear._parameters["bias"] for linear in linears]
+        self.tensors = [t for t in (*norm_weights, *biases) if t is not None]
+        self.storages = [t.detach() for t in self.tensors]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        sizes = [linears[0].in_features] * 2 + [self.head_size] * 2
+        for weight, size in zip(norm_weights, sizes, strict=False):
+            _require(weight.dtype == x.dtype and weight.shape == (size,) and weight.is_cpu and weight.is_contiguous())
+        _require(all(b is None or (b.is_cpu and b.is_contiguous() and b.dtype in abi.FLOAT_DTYPES) for b in biases))
+        views = [matrix._view for matrix in self.matrices]
+        _require(all(view.device < 0 for view in views) and self.hold(x))
+        places = [(0, 0) if b is None else (b.data_ptr(), abi.FLOAT_DTYPES[b.dtype]) for b in biases]
+        pairs = [(w.data_ptr(), n.variance_epsilon) for w, n in zip(norm_weights, norms, strict=True)]
+        modes = [abi.ACTIVATIONS[linear.activations] for linear in linears]
+        self.native = _C.DecoderLayer(views, places, modes, (pairs + [(0, 0.0)] * 2)[:4])
 
     @classmethod
     def of(cls, layer: nn.Module, x: Tensor) -> _Parts | None:
         """Of a layer as it is now; None if a part is not what the family makes it: a linear of another class (an
         adapter's) or not packed, a hook, a forward of its own, a norm in another dtype."""
         try:
-            children = layer._modules
-            attention, mlp = children["self_attn"], children["mlp"]
-            inner, outer = attention._modules, mlp._modules
-            norms = [children["input_layernorm"], children["post_attention_layernorm"]]
-            norms += [inner["q_norm"], inner["k_norm"]] if "q_norm" in inner else []
-            activation, parts = outer["act_fn"], cls()
-            q, k, v, o = (inner[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-            gate, up, down = (outer[name] for name in ("gate_proj", "up_proj", "down_proj"))
-            parts.linears = linears = (q, k, v, o, gate, up, down)
-            parts.index, parts.head_size, parts.scale = (
-                attention.layer_idx,
-                attention.head_dim,
-                float(attention.scaling),
-            )
-            parts.norms = [(norm._parameters["weight"], norm.variance_epsilon) for norm in norms]
-            plain = attention.config._attn_implementation == "sdpa"
-        except (AttributeError, KeyError):
+            return cls(layer, x)
+        except (AttributeError, KeyError, _NotPlainError):
             return None
-        if not plain or type(activation).__name__ not in ("SiLU", "SiLUActivation"):
-            return None
-        for module in (attention, mlp, activation, *linears, *norms):
-            held = module.__dict__
-            if held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held or held["training"]:
-                return None
-        for linear in linears:
-            if type(linear) is not Linear or linear.layout is None or linear.rms_norm is not None:
-                return None
-        if not q.activations == k.activations == v.activations or gate.activations != up.activations:
-            return None
-        if parts.head_size % 16 or q.out_features % parts.head_size or k.out_features % parts.head_size:
-            return None
-        if any(weight.dtype != x.dtype or not weight.is_cpu for weight, _ in parts.norms):
-            return None
-        return parts
+
+    def hold(self, x: Tensor) -> bool:
+        """Whether the layer is what it was: no hook was added anywhere, no packed module changed, every other module is
+        in its place with its own forward, tensors lie where they lay."""
+        return (
+            self.dtype is x.dtype
+            and self.version == (lowbit_nn.changes(), RemovableHandle.next_id)
+            and all(list(now.values()) == then for now, then in self.children)
+            and not any("forward" in held for held in self.others)
+            and all(now["weight"] is then for now, then in self.norms)
+            and [t.data_ptr() for t in self.tensors] == self.addresses
+            and self.config._attn_implementation == "sdpa"
+        )
+
+
+class _NotPlainError(Exception):
+    pass
+
+
+def _require(plain: bool) -> None:
+    if not plain:
+        raise _NotPlainError
 
 
 @torch.no_grad()
@@ -184,7 +240,7 @@ def _agrees(layer: nn.Module, parts: _Parts, like: Tensor) -> bool:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(dtype)
 
-    past = [normal(1, parts.linears[1].out_features // size, 3, size) for _ in range(2)]
+    past = [normal(1, parts.kv_heads, 3, size) for _ in range(2)]
     half = torch.rand(1, 1, size // 2, generator=random) * 6
     angle = torch.cat((half, half), -1)
     angles = (angle.cos().to(dtype), angle.sin().to(dtype))
@@ -195,8 +251,8 @@ def _agrees(layer: nn.Module, parts: _Parts, like: Tensor) -> bool:
             cache = caches.DynamicCache()
             cache.update(*past, parts.index)
             if fused:
-                room = CacheRoom.of(cache, parts.index, x, past[0].shape[1], size)
-                y = _decode(x, parts, room, cache, angles)
+                room = CacheRoom.of(cache, parts.index, x, parts.kv_heads, size)
+                y = _decode(x, parts, _Family().arguments_of(angles, x, size), room, cache)
             else:
                 arguments = {"attention_mask": None, "position_ids": torch.tensor([[3]]), "use_cache": True}
                 y = type(layer).forward(layer, x, past_key_values=cache, position_embeddings=angles, **arguments)
