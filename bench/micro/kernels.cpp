@@ -42,10 +42,8 @@ struct Kernel {
 template <class Body>
 void add(const Kernel& kernel, const std::string& variant, Body body) {
   auto run = [kernel, body](benchmark::State& state) {
-    if (kernel.isa > machine_isa()) {
-      const std::string reason = std::string("this CPU offers at most ") + isa_name(machine_isa());
-      return state.SkipWithError(reason.c_str());
-    }
+    const char* missing = lowbit_isa_missing(isa_name(kernel.isa));
+    if (*missing) return state.SkipWithError(missing);
     body(state);
   };
   benchmark::RegisterBenchmark((std::string(kernel.name) + "/" + variant).c_str(), run)->Unit(benchmark::kMicrosecond);
