@@ -11,8 +11,8 @@
 //   activations__<isa>/tokens:T/<mode>               quantizing T tokens of 4096 for groups of 128
 //   store__<isa>/<dtype>                             16 tokens of a block of 64 rows
 //
-// where: warm is one matrix again and again (a large cache holds it), dram 500 MB of them in turn. GB/s counts
-// codes, scales and what gather writes; share is that of the read bandwidth probed right before and after (probe, GB/s).
+// where: warm is one matrix again and again (a large cache holds it), dram 500 MB of them in turn. GB/s counts codes,
+// scales and what gather writes; share is that of the read bandwidth probed right before and after (probe, GB/s).
 // Solver rows are left to bench/solver.py: their time is that of a whole matrix.
 //
 // --count makes one call with a small matrix: names have no <where>, labels are the rows and columns of what the call
