@@ -254,6 +254,21 @@ def ternary_quality(contents: dict) -> str:
     return grid(header + parts, lines)
 
 
+def instructions(contents: dict) -> str:
+    """Kernels down the side, levels across: instructions a line of codes, or for 64 values where none are read."""
+    rows = contents["rows"]
+    levels = list(dict.fromkeys(row["isa"] for row in rows))
+    found = {(row["kernel"], row["case"], row["isa"]): row for row in rows}
+    lines = []
+    for kernel, case in dict.fromkeys((row["kernel"], row["case"]) for row in rows):
+        line = [f"{kernel} {case}".strip()]
+        for level in levels:
+            row = found.get((kernel, case, level))
+            line.append(f"{row['per_line'] if 'per_line' in row else row['per_64_values']:,.1f}" if row else "")
+        lines.append(line)
+    return grid(["instructions a line (activations, store: 64 values)", *levels], lines)
+
+
 TABLES = {
     "matmul": matmul,
     "gather": gather,
@@ -264,6 +279,7 @@ TABLES = {
     "footprint": footprint,
     "ternary_model": ternary_model,
     "ternary_quality": ternary_quality,
+    "instructions": instructions,
 }
 
 

@@ -1,12 +1,14 @@
-// What kernels are given in the microbenchmarks: packed matrices of 4096 x 4096 with groups of 128 (trits: one scale),
-// enough copies to come from DRAM in turn, and activations quantized as csrc/api/matmul.cpp does it. Values are random:
-// no kernel's time depends on them.
+// What kernels are given in the microbenchmarks: packed matrices with groups of 128 (trits: one scale), enough copies
+// to come from DRAM in turn, and activations quantized as csrc/api/matmul.cpp does it. Values are random: no kernel's
+// time depends on them.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "cpu/float_types.h"
@@ -15,15 +17,22 @@
 
 namespace micro {
 
-constexpr int64_t kRows = 4096, kCols = 4096, kGroup = 128;
+constexpr int64_t kGroup = 128;
 constexpr int64_t kRotateBytes = int64_t(500) << 20;
 
-// Memory on huge pages, as packed matrices have it: with small ones the same loops take up to three times as long.
+struct Shape {
+  int64_t rows, cols;  // of a matrix
+  int64_t ids;         // rows that a gather or a bag takes of it
+};
+
+// Memory on huge pages, as packed matrices have it: with small ones the same loops take up to three times as long. At
+// least a whole one, because less is the heap's, and where it lies in its page would change from run to run.
 class Pages {
  public:
-  explicit Pages(size_t bytes) : bytes_(bytes), memory_(static_cast<uint8_t*>(lowbit_alloc(bytes))) {
+  explicit Pages(size_t bytes)
+      : bytes_(std::max(bytes, size_t(2) << 20)), memory_(static_cast<uint8_t*>(lowbit_alloc(bytes_))) {
     if (!memory_) {
-      fprintf(stderr, "no memory for %zu bytes\n", bytes);
+      fprintf(stderr, "no memory for %zu bytes\n", bytes_);
       exit(1);
     }
   }
@@ -52,10 +61,10 @@ inline std::vector<float> random_floats(int64_t count) {
 // Copies of one matrix; they share the scales' values, not their memory.
 class Matrices {
  public:
-  Matrices(int bits, bool dram) : bits_(bits) {
-    const int64_t group = bits == lowbit::kTrit ? kCols : kGroup, groups = kCols / group;
-    const int64_t scales = bits == lowbit::kTrit ? 1 : kRows * groups;
-    line_bytes_ = kRows * lowbit::row_lines(bits, kCols) * lowbit::kLineBytes;
+  Matrices(int bits, const Shape& shape, bool dram) : bits_(bits), codes_(shape.rows * shape.cols) {
+    const int64_t group = bits == lowbit::kTrit ? shape.cols : kGroup, groups = shape.cols / group;
+    const int64_t scales = bits == lowbit::kTrit ? 1 : shape.rows * groups;
+    line_bytes_ = shape.rows * lowbit::row_lines(bits, shape.cols) * lowbit::kLineBytes;
     bytes_ = line_bytes_ + scales * 2;
     const int64_t stride = lowbit::ceil_div(bytes_, 4096) * 4096, copies = dram ? kRotateBytes / stride + 1 : 1;
     pages_ = std::make_unique<Pages>(size_t(stride * copies));
@@ -63,13 +72,13 @@ class Matrices {
     for (int64_t i = 0; i < copies; i++) {
       lowbit_matrix& view = views_[size_t(i)];
       view.format = lowbit_format(bits);
-      view.rows = kRows;
-      view.cols = kCols;
+      view.rows = shape.rows;
+      view.cols = shape.cols;
       view.group_size = group;
       view.codes = pages_->as<uint8_t>(i * stride);
       view.scales = pages_->as<uint8_t>(i * stride + line_bytes_);
       view.scale_dtype = LOWBIT_F16;
-      view.scale_rows = bits == lowbit::kTrit ? 1 : kRows;
+      view.scale_rows = bits == lowbit::kTrit ? 1 : shape.rows;
       view.scale_cols = groups;
       if (i == 0) fill(i * stride, scales);
       if (i > 0) memcpy(pages_->as<uint8_t>(i * stride), views_[0].codes, size_t(bytes_));
@@ -83,7 +92,7 @@ class Matrices {
  private:
   void fill(int64_t offset, int64_t scales) {
     std::mt19937 random(1);
-    std::vector<uint8_t> codes(size_t(kRows * kCols));
+    std::vector<uint8_t> codes(static_cast<size_t>(codes_));
     for (uint8_t& code : codes) code = uint8_t(random() % unsigned(lowbit::code_count(bits_)));
     if (lowbit_pack_codes(&views_[0], codes.data(), pages_->as<uint8_t>(offset)) != LOWBIT_OK) {
       fprintf(stderr, "%s\n", lowbit_last_error());
@@ -95,21 +104,21 @@ class Matrices {
   }
 
   int bits_;
+  int64_t codes_;
   int64_t line_bytes_ = 0, bytes_ = 0;
   std::unique_ptr<Pages> pages_;
   std::vector<lowbit_matrix> views_;
 };
 
 // The matrices of a format. Those used last stay: a benchmark is called several times until its time is long enough.
-inline const Matrices& matrices(int bits, bool dram) {
+inline const Matrices& matrices(int bits, const Shape& shape, bool dram) {
   static std::unique_ptr<Matrices> held;
-  static int held_bits = 0;
-  static bool held_dram = false;
-  if (!held || bits != held_bits || dram != held_dram) {
+  static std::tuple<int, int64_t, int64_t, bool> held_key;
+  const auto key = std::make_tuple(bits, shape.rows, shape.cols, dram);
+  if (!held || key != held_key) {
     held.reset();
-    held = std::make_unique<Matrices>(bits, dram);
-    held_bits = bits;
-    held_dram = dram;
+    held = std::make_unique<Matrices>(bits, shape, dram);
+    held_key = key;
   }
   return *held;
 }
@@ -118,15 +127,16 @@ inline const Matrices& matrices(int bits, bool dram) {
 // come from. quantize() fills them.
 class Activated {
  public:
-  Activated(int bits, int64_t tokens, bool int8_mode, lowbit::Isa isa) : source_(random_floats(tokens * kCols)) {
+  Activated(int bits, int64_t cols, int64_t tokens, bool int8_mode, lowbit::Isa isa)
+      : source_(random_floats(tokens * cols)) {
     const bool trit = bits == lowbit::kTrit;
     const int64_t padding = trit ? 640 : 512;
     view_.layout = lowbit::select_layout(bits, tokens, isa);
     view_.tokens = tokens;
-    view_.cols = kCols;
-    view_.cols_padded = lowbit::ceil_div(kCols, padding) * padding;
-    view_.chunk = lowbit::chunk_size(bits, kCols, trit ? kCols : kGroup);
-    view_.chunks = lowbit::ceil_div(kCols, view_.chunk);
+    view_.cols = cols;
+    view_.cols_padded = lowbit::ceil_div(cols, padding) * padding;
+    view_.chunk = lowbit::chunk_size(bits, cols, trit ? cols : kGroup);
+    view_.chunks = lowbit::ceil_div(cols, view_.chunk);
     view_.chunks_padded = lowbit::ceil_div(view_.chunks, lowbit::kSlots) * lowbit::kSlots;
     view_.token_step = trit && int8_mode;
     const bool tiles = view_.layout == lowbit::Activations::kTiles;
@@ -141,7 +151,7 @@ class Activated {
   }
 
   void quantize(lowbit::ActivationsKernel kernel) const {
-    kernel(source_.data(), LOWBIT_F32, kCols, nullptr, 0, view_.tokens, &view_);
+    kernel(source_.data(), LOWBIT_F32, view_.cols, nullptr, 0, view_.tokens, &view_);
   }
   const lowbit::Activations& view() const { return view_; }
 
