@@ -266,7 +266,7 @@ def instructions(contents: dict) -> str:
             row = found.get((kernel, case, level))
             line.append(f"{row['per_line'] if 'per_line' in row else row['per_64_values']:,.1f}" if row else "")
         lines.append(line)
-    return grid(["instructions a line (activations, store: 64 values)", *levels], lines)
+    return grid(["instructions a line (where no codes are read: 64 values)", *levels], lines)
 
 
 TABLES = {

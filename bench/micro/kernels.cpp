@@ -197,57 +197,61 @@ void store(benchmark::State& state, StoreKernel kernel, lowbit_dtype dtype) {
   measure(state, call, work);
   set_label(state, kTokens, kRowBlock);
 }
+// A decoder layer of Llama-3-8B's widths, one token; a small one to count.
+struct LayerShape {
+  int64_t hidden = 4096, gate = 14336, heads = 32, kv_heads = 8, head_size = 128;
+};
 
-// A decoder layer of Llama-3-8B's widths, one token: rows of 4096, gates of 14336, 32 heads over 8 of 128.
-const Pages& layer_operand(int64_t elements) {  // the same bytes, which are zeros, for every operand that is read
-  static const Pages operand(size_t(elements * 4));
-  return operand;
-}
-constexpr int64_t kGate = 14336, kMostOperand = kGate;
-
-void rms_norm(benchmark::State& state, RmsNormKernel kernel, lowbit_dtype dtype) {
-  const void* x = layer_operand(kMostOperand).as<void>();
-  const Pages sum(kCols * 4), y(kCols * 4);
-  const RmsNorm n = {dtype, kCols, x, kCols, x, kCols, sum.as<void>(), kCols, x, 1e-5f, y.as<void>(), kCols};
-  Meter meter;
-  for (auto _ : state) {
-    kernel(&n, 0, 1);
-    benchmark::ClobberMemory();
-  }
-  meter.report(state, double(5 * kCols * dtype_bytes(dtype)), 0, 0);
+LayerShape layer_for(Isa isa) {
+  if (!counting) return {};
+  return isa == Isa::ref ? LayerShape{64, 64, 2, 1, 16} : LayerShape{1024, 1024, 8, 2, 64};
 }
 
-void silu_mul(benchmark::State& state, SiluMulKernel kernel, lowbit_dtype dtype) {
-  const void* x = layer_operand(kMostOperand).as<void>();
-  const Pages y(kGate * 4);
-  const SiluMul s = {dtype, kGate, x, kGate, x, kGate, y.as<void>(), kGate};
-  Meter meter;
-  for (auto _ : state) {
-    kernel(&s, 0, 1);
-    benchmark::ClobberMemory();
-  }
-  meter.report(state, double(3 * kGate * dtype_bytes(dtype)), 0, 0);
+const void* layer_operand() {  // the same bytes, which are zeros, for every operand that is read
+  static const Pages operand(size_t(LayerShape{}.gate * 4));
+  return operand.as<void>();
 }
 
-void decode_attention(benchmark::State& state, DecodeAttentionKernel kernel, lowbit_dtype dtype, int64_t past) {
-  constexpr int64_t kHeads = 32, kKvHeads = 8, kSize = 128;
-  const void* x = layer_operand(kMostOperand).as<void>();
-  const int64_t places = past + 1, cache = kKvHeads * places * kSize;
-  const Pages keys(size_t(cache * 4)), values(size_t(cache * 4)), y(kHeads * kSize * 4);
+void rms_norm(benchmark::State& state, Isa isa, RmsNormKernel kernel, lowbit_dtype dtype) {
+  const int64_t size = layer_for(isa).hidden;
+  const void* x = layer_operand();
+  const Pages sum(size_t(size * 4)), y(size_t(size * 4));
+  const RmsNorm n = {dtype, size, x, size, x, size, sum.as<void>(), size, x, 1e-5f, y.as<void>(), size};
+  Work work{double(5 * size * dtype_bytes(dtype))};
+  work.values = double(size);
+  measure(state, [&](int64_t) { kernel(&n, 0, 1); }, work);
+  set_label(state, 1, size);
+}
+
+void silu_mul(benchmark::State& state, Isa isa, SiluMulKernel kernel, lowbit_dtype dtype) {
+  const int64_t size = layer_for(isa).gate;
+  const void* x = layer_operand();
+  const Pages y(size_t(size * 4));
+  const SiluMul s = {dtype, size, x, size, x, size, y.as<void>(), size};
+  Work work{double(3 * size * dtype_bytes(dtype))};
+  work.values = double(size);
+  measure(state, [&](int64_t) { kernel(&s, 0, 1); }, work);
+  set_label(state, 1, size);
+}
+
+void decode_attention(benchmark::State& state, Isa isa, DecodeAttentionKernel kernel, lowbit_dtype dtype,
+                      int64_t past) {
+  const LayerShape shape = layer_for(isa);
+  const int64_t places = past + 1, width = shape.heads * shape.head_size;
+  const int64_t cache = shape.kv_heads * places * shape.head_size;
+  const Pages keys(size_t(cache * 4)), values(size_t(cache * 4)), y(size_t(width * 4));
   lowbit_decode_step step{};
   step.dtype = dtype;
-  step.sequences = 1, step.heads = kHeads, step.kv_heads = kKvHeads, step.head_size = kSize;
+  step.sequences = 1, step.heads = shape.heads, step.kv_heads = shape.kv_heads, step.head_size = shape.head_size;
   step.past = past, step.scale = 0.1f;
-  step.q = step.k = step.v = step.cos = step.sin = x;
+  step.q = step.k = step.v = step.cos = step.sin = layer_operand();
   step.keys = keys.as<void>(), step.values = values.as<void>();
-  step.cache_head_stride = places * kSize, step.cache_sequence_stride = cache;
+  step.cache_head_stride = places * shape.head_size, step.cache_sequence_stride = cache;
   step.y = y.as<void>();
-  Meter meter;
-  for (auto _ : state) {
-    kernel(&step, 0, kKvHeads);
-    benchmark::ClobberMemory();
-  }
-  meter.report(state, double(2 * cache * dtype_bytes(dtype)), 4.0 * kHeads * kSize * double(places), 0);
+  Work work{double(2 * cache * dtype_bytes(dtype)), 4.0 * double(width * places)};
+  work.values = double(width * places);
+  measure(state, [&](int64_t) { kernel(&step, 0, shape.kv_heads); }, work);
+  set_label(state, shape.heads, shape.head_size);
 }
 
 // The variants of a verb: one overload each, chosen by the verb's column of the table.
@@ -285,19 +289,21 @@ void add_variants(Is<Verb::store>, const Kernel& row, StoreKernel kernel) {
 
 void add_variants(Is<Verb::rms_norm>, const Kernel& row, RmsNormKernel kernel) {
   for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_BF16})
-    add(row, dtype_name(dtype), [=](benchmark::State& state) { rms_norm(state, kernel, dtype); });
+    add(row, dtype_name(dtype), [=](benchmark::State& state) { rms_norm(state, row.isa, kernel, dtype); });
 }
 
 void add_variants(Is<Verb::silu_mul>, const Kernel& row, SiluMulKernel kernel) {
   for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_BF16})
-    add(row, dtype_name(dtype), [=](benchmark::State& state) { silu_mul(state, kernel, dtype); });
+    add(row, dtype_name(dtype), [=](benchmark::State& state) { silu_mul(state, row.isa, kernel, dtype); });
 }
 
 void add_variants(Is<Verb::decode_attention>, const Kernel& row, DecodeAttentionKernel kernel) {
   for (const int64_t past : {63, 1023})
-    for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_BF16})
+    for (const lowbit_dtype dtype : {LOWBIT_F32, LOWBIT_BF16}) {
+      if (counting && past > 63) continue;  // the same again, 16 times
       add(row, "past:" + std::to_string(past) + "/" + dtype_name(dtype),
-          [=](benchmark::State& state) { decode_attention(state, kernel, dtype, past); });
+          [=](benchmark::State& state) { decode_attention(state, row.isa, kernel, dtype, past); });
+    }
 }
 
 void add_variants(Is<Verb::solve>, const Kernel&, SolveKernel) {}
