@@ -3,6 +3,7 @@ that stay theirs."""
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -291,6 +292,22 @@ class TestCaches:
         self.go_on(model, cache, 33)
         assert cache.get_seq_length() == 6 and torch.equal(before, content)
         assert not torch.equal(cache.layers[0].keys, before)
+
+    def test_threads_with_caches_of_their_own(self):
+        model = packed()
+        prompts = [ids(5), ids(9), ids(4, batch=3), ids(17)]
+        wanted = [logits_of_steps(model, prompt, 20)[0] for prompt in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda prompt: logits_of_steps(model, prompt, 20)[0], prompts))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    def test_a_cache_that_is_another_models(self, decoded):
+        model, other = packed(), packed(num_key_value_heads=4)
+        cache = self.start(other)
+        decoded.clear()
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):  # as Transformers says it
+            self.go_on(model, cache, 4)
+        assert not decoded
 
     def test_the_modules_go_on_where_the_calls_stopped(self):
         model = packed()

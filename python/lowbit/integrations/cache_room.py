@@ -20,6 +20,7 @@ class CacheRoom:
 
     def __init__(self, layer, keys: Tensor, values: Tensor):
         self.filled = keys.shape[2]
+        self.kind = (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype)
         self.places = self.filled + max(_LEAST_ROOM, self.filled // 4)
         self.keys, self.values = (_longer(tensor, self.places) for tensor in (keys, values))
         self._show(layer)
@@ -36,12 +37,13 @@ class CacheRoom:
             return None
         keys, values = layer.keys, layer.values
         room = layer.__dict__.get(_KEY)
+        wanted = (like.shape[0], kv_heads, size, like.dtype)
         if room is not None and room.shown_keys is keys and room.shown_values is values and room.filled < room.places:
-            return room if room.keys.shape[0] == like.shape[0] else None
+            return room if room.kind == wanted else None
         shape = keys.shape
-        if len(shape) != 4 or (shape[0], shape[1], shape[3]) != (like.shape[0], kv_heads, size):
+        if len(shape) != 4 or (shape[0], shape[1], shape[3], keys.dtype) != wanted:
             return None
-        if any(t.shape != shape or t.dtype != like.dtype or not t.is_cpu for t in (keys, values)):
+        if values.shape != shape or values.dtype != keys.dtype or not keys.is_cpu or not values.is_cpu:
             return None
         room = layer.__dict__[_KEY] = cls(layer, keys, values)
         return room

@@ -60,27 +60,27 @@ class _Family:
     """What the layers of one class in a model have in common.
 
     agrees: whether the first of them that was asked gave the same both ways; None before.
-    angles: the last ones that a layer was given, and what the call makes of them: all layers are given the same.
+    last: the angles that a layer was given last, for which x, and what the call makes of them: all layers get the same.
     """
 
-    def __init__(self):
-        self.agrees: bool | None = None
-        self.angles: tuple | None = None
-        self.angle_arguments: tuple[int, int, int] | None = None
+    def __init__(self, agrees: bool | None = None):
+        self.agrees = agrees
+        self.last: tuple = (None, None, None)
 
-    def arguments_of(self, angles: tuple, x: Tensor, size: int) -> tuple[int, int, int] | None:
+    def angle_arguments(self, angles: tuple[Tensor, Tensor], x: Tensor, size: int) -> tuple[int, int, int] | None:
         """(address of cos, of sin, stride) of what came as position_embeddings; None for angles of another kind."""
-        if angles is not self.angles:
-            cos, sin = self.angles = angles
-            wanted = ((x.shape[0], 1, size), (1, 1, size))
-            fits = cos.shape in wanted and cos.shape == sin.shape
+        key = (x.dtype, x.shape[0], size)
+        last = self.last  # read once: another thread may decode as well
+        if last[0] is not angles or last[1] != key:
+            cos, sin = angles
+            fits = cos.shape in ((x.shape[0], 1, size), (1, 1, size)) and cos.shape == sin.shape
             fits = fits and all(a.dtype == x.dtype and a.is_cpu and a.is_contiguous() for a in angles)
             stride = size if cos.shape[0] == x.shape[0] else 0
-            self.angle_arguments = (cos.data_ptr(), sin.data_ptr(), stride) if fits else None
-        return self.angle_arguments
+            last = self.last = (angles, key, (cos.data_ptr(), sin.data_ptr(), stride) if fits else None)
+        return last[2]
 
-    def __getstate__(self) -> dict:
-        return {"agrees": self.agrees, "angles": None, "angle_arguments": None}
+    def __reduce__(self):
+        return _Family, (self.agrees,)
 
 
 class FusedLayer:
@@ -111,14 +111,14 @@ class FusedLayer:
                 angles = value
             elif value is not None and name not in _SAID_ELSEWHERE:
                 return None  # an attention_mask above all: without one, every place that was before is seen
-        if cache is None or angles is None:
+        if cache is None or type(angles) is not tuple or len(angles) != 2:
             return None
         parts = self.parts
         if parts is None or not parts.hold(x):
             parts = self.parts = _Parts.of(self.layer, x)
             if parts is None:
                 return None
-        arguments = self.family.arguments_of(angles, x, parts.head_size)
+        arguments = self.family.angle_arguments(angles, x, parts.head_size)
         room = CacheRoom.of(cache, parts.index, x, parts.kv_heads, parts.head_size)
         return None if arguments is None or room is None else (arguments, room, cache)
 
@@ -135,14 +135,9 @@ def _is_one_token(x: Tensor) -> bool:
 
 def _decode(x: Tensor, parts: _Parts, angles: tuple[int, int, int], room: CacheRoom, cache) -> Tensor:
     """x [sequences, 1, hidden] -> the layer's output; the cache is one place longer."""
-    y, keys, values = torch.empty_like(x), room.keys, room.values
-    strides = keys.stride()
-    of_cache = (keys.data_ptr(), values.data_ptr(), strides[0], strides[1])
-    parts.native.decode(
-        *(parts.dtype_number, x.shape[0], parts.head_size, parts.scale, x.data_ptr(), y.data_ptr(), room.filled),
-        *angles,
-        *of_cache,
-    )
+    y, keys = torch.empty_like(x), room.keys
+    addresses = (x.data_ptr(), y.data_ptr(), room.filled, *angles, keys.data_ptr(), room.values.data_ptr())
+    parts.native.decode(parts.dtype_number, x.shape[0], parts.head_size, parts.scale, *addresses, *keys.stride()[:2])
     room.append(cache, parts.index)
     return y
 
@@ -163,7 +158,7 @@ class _Parts:
         # What has to be as it is now: `hold` compares.
         self.children = [(module._modules, list(module._modules.values())) for module in (layer, attention, mlp)]
         self.others = [module.__dict__ for module in (attention, mlp, activation, *norms)]
-        self.config, self.dtype = attention.config, x.dtype
+        self.config, self.dtype, self.hidden = attention.config, x.dtype, linears[0].in_features
 
         _require(all(type(m) is lowbit_nn.Linear and m.layout is not None and m.rms_norm is None for m in linears))
         _require(type(activation).__name__ in ("SiLU", "SiLUActivation"))
@@ -186,9 +181,9 @@ class _Parts:
         norm_weights = [weight for _, weight in self.norms]
         biases = [linear._parameters["bias"] for linear in linears]
         self.tensors = [t for t in (*norm_weights, *biases) if t is not None]
-        self.storages = [t.detach() for t in self.tensors]
+        self.storages = [t.detach() for t in self.tensors]  # those of a tensor whose .data is set go otherwise
         self.addresses = [t.data_ptr() for t in self.tensors]
-        sizes = [linears[0].in_features] * 2 + [self.head_size] * 2
+        sizes = [self.hidden] * 2 + [self.head_size] * 2
         for weight, size in zip(norm_weights, sizes, strict=False):
             _require(weight.dtype == x.dtype and weight.shape == (size,) and weight.is_cpu and weight.is_contiguous())
         _require(all(b is None or (b.is_cpu and b.is_contiguous() and b.dtype in abi.FLOAT_DTYPES) for b in biases))
@@ -213,6 +208,7 @@ class _Parts:
         in its place with its own forward, tensors lie where they lay."""
         return (
             self.dtype is x.dtype
+            and self.hidden == x.shape[2]
             and self.version == (lowbit_nn.changes(), RemovableHandle.next_id)
             and all(list(now.values()) == then for now, then in self.children)
             and not any("forward" in held for held in self.others)
@@ -252,16 +248,17 @@ def _agrees(layer: nn.Module, parts: _Parts, like: Tensor) -> bool:
             cache.update(*past, parts.index)
             if fused:
                 room = CacheRoom.of(cache, parts.index, x, parts.kv_heads, size)
-                y = _decode(x, parts, _Family().arguments_of(angles, x, size), room, cache)
+                y = _decode(x, parts, _Family().angle_arguments(angles, x, size), room, cache)
             else:
                 arguments = {"attention_mask": None, "position_ids": torch.tensor([[3]]), "use_cache": True}
                 y = type(layer).forward(layer, x, past_key_values=cache, position_embeddings=angles, **arguments)
             held = cache.layers[parts.index]
             results.append((y.float() - x.float(), held.keys.float(), held.values.float()))
-        differences = [float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True)]
-        if max(differences) < _TOLERANCE:
+        pairs = list(zip(*results, strict=True))
+        if all((a - b).norm() <= _TOLERANCE * a.norm() for a, b in pairs):
             return True
-        reason = f"they differ by {max(differences):.2g} of what the layer adds"
+        worst = max(float((a - b).norm() / a.norm()) for a, b in pairs)
+        reason = f"they differ by {worst:.2g} of what the layer adds"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     warnings.warn(
