@@ -1,9 +1,11 @@
 // y[m,n] = s[n] * step[m] * sum_k (code[n,k] - 1) * v[m,k]   on AVX-512 VNNI and VBMI: ternary rows with one scale.
 //
-// A row of up to 40960 columns is ONE integer: its planes meet the digits in vpdpbusd and are added across the lanes
-// once. A line of 320 weights costs 11 operations to decode (planes_avx512.h) and 5 vpdpbusd, 10 with two digits. On
-// Zen 4 probably bound by the pipes that vpmaddubsw, vpermb and vpdpbusd share: 3.9 and 5.6 ns a line from L2, one
-// thread, a clock between 2.2 and 3.4 GHz; where those pipes or the clock allow it, by the memory.
+// A chunk is 40960 columns, so that a row is ONE integer or very few: its planes meet the digits in vpdpbusd and are
+// added across the lanes once, for 16 rows together, whose scales, steps and results are then lanes too (row by row
+// that was half of the instructions of a row of 2560 columns). A line of 320 weights costs 11 operations to decode
+// (planes_avx512.h) and 5 vpdpbusd, 10 with two digits. On Zen 4 probably bound by the pipes that vpmaddubsw, vpermb and
+// vpdpbusd share: 4.2 and 6 ns a line, one thread, a clock between 2.2 and 3.4 GHz; where those pipes or the clock allow
+// it, by the memory.
 // Groups of columns with scales of their own and tiles of 16 tokens take the loops of all formats (rows_avx512vnni.h,
 // tiles_avx512vnni.h).
 #include "cpu/matmul_avx512vnni.h"
@@ -11,52 +13,94 @@
 namespace lowbit {
 namespace {
 
-template <bool kTwoDigits, int kTokens>
-LOWBIT_INLINE void whole_row(const TritDecoder& trits, const lowbit_matrix* w, const Activations* x, int64_t n,
-                             int64_t m, Ahead ahead, float* out, int64_t out_stride) {
-  constexpr int kLines = int(kTritChunk / (kTritPlanes * 64));  // of a chunk
-  const int64_t lines = row_lines(kTrit, w->cols);
-  const uint8_t* row = w->codes + n * lines * kLineBytes;
-  const int64_t scale_at = scale_index(w, n, 0);
-  const float scale = _mm512_cvtss_f32(load_floats(w->scales, w->scale_dtype, scale_at, 1));
-  float slots[kTokens][kSlots] = {};
-  for (int64_t c = 0; c < x->chunks; c++) {
-    // Several sums for each digit: a chain of five products a line would wait for itself.
-    constexpr int kSums = kTokens == 1 ? kTritPlanes : kTokens == 2 ? 2 : 1;
-    __m512i h[kTokens][kSums], l[kTokens][kSums];
+constexpr int kRowsTogether = 16;
+
+// to[t] = the 16 partial sums of `lines` lines of a row and the token whose digits there are high[t] and low[t]. kStream:
+// the hint of the prefetch, known outside so that the loop has no branch.
+template <bool kTwoDigits, int kTokens, bool kStream>
+LOWBIT_INLINE void row_sums(const TritDecoder& trits, const uint8_t* line, int64_t lines, const int8_t* const* high,
+                            const int8_t* const* low, int64_t ahead, __m512i (&to)[kTokens]) {
+  // Several sums for each digit: a chain of five products a line would wait for itself.
+  constexpr int kSums = kTokens == 1 ? kTritPlanes : kTokens == 2 ? 2 : 1;
+  __m512i h[kTokens][kSums], l[kTokens][kSums];
+  for (int t = 0; t < kTokens; t++)
+    for (int i = 0; i < kSums; i++) h[t][i] = l[t][i] = _mm512_setzero_si512();
+  int64_t at = 0;
+  const uint8_t* const end = line + lines * kLineBytes;
+  do {  // a chunk has a line
+    prefetch(line, Ahead{ahead, kStream});
+    __m512i planes[kTritPlanes];
+    trits.decode(_mm512_loadu_si512(line), planes);
     for (int t = 0; t < kTokens; t++)
-      for (int i = 0; i < kSums; i++) h[t][i] = l[t][i] = _mm512_setzero_si512();
-    const int64_t end = (c + 1) * kLines < lines ? (c + 1) * kLines : lines;
-    for (int64_t line = c * kLines; line < end; line++) {
-      prefetch(row + line * kLineBytes, ahead);
-      __m512i planes[kTritPlanes];
-      trits.decode(_mm512_loadu_si512(row + line * kLineBytes), planes);
-      for (int t = 0; t < kTokens; t++) {
-        const int64_t at = (m + t) * x->cols_padded + line * (kTritPlanes * 64);
-        for (int p = 0; p < kTritPlanes; p++) {
-          if (kTwoDigits)
-            h[t][p % kSums] =
-                _mm512_dpbusd_epi32(h[t][p % kSums], planes[p], _mm512_loadu_si512(x->high + at + p * 64));
-          l[t][p % kSums] = _mm512_dpbusd_epi32(l[t][p % kSums], planes[p], _mm512_loadu_si512(x->low + at + p * 64));
-        }
+      for (int p = 0; p < kTritPlanes; p++) {
+        if (kTwoDigits)
+          h[t][p % kSums] = _mm512_dpbusd_epi32(h[t][p % kSums], planes[p], _mm512_loadu_si512(high[t] + at + p * 64));
+        l[t][p % kSums] = _mm512_dpbusd_epi32(l[t][p % kSums], planes[p], _mm512_loadu_si512(low[t] + at + p * 64));
       }
+    at += kTritPlanes * 64;
+    line += kLineBytes;
+  } while (line != end);
+  for (int t = 0; t < kTokens; t++) {
+    for (int i = 1; i < kSums; i++) {
+      if (kTwoDigits) h[t][0] = _mm512_add_epi32(h[t][0], h[t][i]);
+      l[t][0] = _mm512_add_epi32(l[t][0], l[t][i]);
     }
+    to[t] = kTwoDigits ? _mm512_add_epi32(l[t][0], _mm512_slli_epi32(h[t][0], 8)) : l[t][0];
+  }
+}
+
+// Lane r: the sum of the lanes of sums[r].
+LOWBIT_INLINE __m512i add_lanes(__m512i (&sums)[kRowsTogether]) {
+  for (int i = 0; i < 8; i++) sums[i] = merge<1>(sums[2 * i], sums[2 * i + 1]);
+  for (int i = 0; i < 4; i++) sums[i] = merge<2>(sums[2 * i], sums[2 * i + 1]);
+  for (int i = 0; i < 2; i++) sums[i] = merge<3>(sums[2 * i], sums[2 * i + 1]);
+  return merge<4>(sums[0], sums[1]);
+}
+
+// Rows [n, n + count) and tokens [m, m + kTokens).
+template <bool kTwoDigits, int kTokens>
+LOWBIT_INLINE void rows_by_tokens(const TritDecoder& trits, const lowbit_matrix* w, const Activations* x, int64_t n,
+                                  int64_t count, int64_t m, Ahead ahead, float* out, int64_t out_stride) {
+  constexpr int64_t kLines = kTritChunk / (kTritPlanes * kPlaneCodes);  // of a chunk
+  const int64_t lines = row_lines(kTrit, w->cols);
+  const __mmask16 rows = first_lanes(count);
+  const __m512 scales =
+      w->scale_rows == 1 ? _mm512_broadcastss_ps(_mm512_castps512_ps128(load_floats(w->scales, w->scale_dtype, 0, 1)))
+                         : load_floats(w->scales, w->scale_dtype, n, rows);
+  __m512 slots[kTokens][kSlots];  // lane r is row n + r's
+  for (int t = 0; t < kTokens; t++)
+    for (int i = 0; i < kSlots; i++) slots[t][i] = _mm512_setzero_ps();
+  for (int64_t c = 0; c < x->chunks; c++) {
+    const int64_t begin = c * kLines, end = begin + kLines < lines ? begin + kLines : lines;
+    const int8_t *high[kTokens], *low[kTokens];
     for (int t = 0; t < kTokens; t++) {
-      for (int i = 1; i < kSums; i++) {
-        h[t][0] = _mm512_add_epi32(h[t][0], h[t][i]);
-        l[t][0] = _mm512_add_epi32(l[t][0], l[t][i]);
-      }
-      const __m512i sum = _mm512_add_epi32(l[t][0], _mm512_slli_epi32(h[t][0], 8));  // h is 0 in int8 mode
+      const int64_t at = (m + t) * x->cols_padded + begin * (kTritPlanes * 64);
+      high[t] = (kTwoDigits ? x->high : x->low) + at;
+      low[t] = x->low + at;
+    }
+    __m512i sums[kTokens][kRowsTogether], of_row[kTokens];
+    const uint8_t* row = w->codes + (n * lines + begin) * kLineBytes;
+    for (int64_t r = 0; r < count; r++, row += lines * kLineBytes) {
+      if (ahead.stream)
+        row_sums<kTwoDigits, kTokens, true>(trits, row, end - begin, high, low, ahead.bytes, of_row);
+      else
+        row_sums<kTwoDigits, kTokens, false>(trits, row, end - begin, high, low, ahead.bytes, of_row);
+      for (int t = 0; t < kTokens; t++) sums[t][r] = of_row[t];
+    }
+    for (int64_t r = count; r < kRowsTogether; r++)
+      for (int t = 0; t < kTokens; t++) sums[t][r] = _mm512_setzero_si512();
+    for (int t = 0; t < kTokens; t++) {
       const int64_t at = (m + t) * x->chunks_padded + c;
       // Modulo 2^32: the two sums may leave the int32 range, their difference does not.
-      const uint32_t product = uint32_t(_mm512_reduce_add_epi32(sum)) - uint32_t(x->sum[at]);
-      float* slot = slots[t] + c % kSlots;
-      *slot = __builtin_fmaf(float(int32_t(product)), scale * x->step[at], *slot);
+      const __m512i products = _mm512_sub_epi32(add_lanes(sums[t]), _mm512_set1_epi32(x->sum[at]));
+      const __m512 weights = _mm512_mul_ps(scales, _mm512_set1_ps(x->step[at]));
+      slots[t][c % kSlots] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), weights, slots[t][c % kSlots]);
     }
   }
   for (int t = 0; t < kTokens; t++) {
-    const bool one = x->chunks == 1;  // then the tree adds zeros
-    out[(m + t) * out_stride] = one ? slots[t][0] + 0.0f : add_slots(_mm512_loadu_ps(slots[t]));
+    for (int width = kSlots / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; i++) slots[t][i] = _mm512_add_ps(slots[t][i], slots[t][i + width]);
+    _mm512_mask_storeu_ps(out + (m + t) * out_stride, rows, slots[t][0]);
   }
 }
 
@@ -65,11 +109,12 @@ void whole_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_
   constexpr int kTogether = kTwoDigits ? 2 : 4;
   const TritDecoder trits;
   const Ahead ahead = prefetch_ahead<kTrit>((kTwoDigits ? 2 : 1) * x->cols_padded);
-  for (int64_t n = n0; n < n1; n++) {
+  for (int64_t n = n0; n < n1; n += kRowsTogether) {
+    const int64_t count = n1 - n < kRowsTogether ? n1 - n : kRowsTogether;
     int64_t m = 0;
     for (; m + kTogether <= x->tokens; m += kTogether)
-      whole_row<kTwoDigits, kTogether>(trits, w, x, n, m, ahead, out + n - n0, out_stride);
-    for (; m < x->tokens; m++) whole_row<kTwoDigits, 1>(trits, w, x, n, m, ahead, out + n - n0, out_stride);
+      rows_by_tokens<kTwoDigits, kTogether>(trits, w, x, n, count, m, ahead, out + n - n0, out_stride);
+    for (; m < x->tokens; m++) rows_by_tokens<kTwoDigits, 1>(trits, w, x, n, count, m, ahead, out + n - n0, out_stride);
   }
 }
 
