@@ -125,6 +125,11 @@ struct RowDecoder {
     _mm512_storeu_ps(to, kInto == Into::kSum ? _mm512_fmadd_ps(weight, value, _mm512_loadu_ps(to)) : value);
   }
 
+  // 16 columns of the current group to 16-bit floats.
+  LOWBIT_INLINE void store16(uint16_t* to, __m128i codes) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_half(values16(codes), dtype));
+  }
+
   LOWBIT_INLINE void float_block(__m128i codes, int64_t k, int64_t cols, float* out) {
     if (at.advance(k) && kTable) floats = group_table(at);
     const __mmask16 mask = first_lanes(cols - k);
@@ -146,6 +151,11 @@ struct RowDecoder {
       if (kTable && whole) {
         _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(first), halves));
         _mm512_storeu_si512(to + 32, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(second), halves));
+      } else if (whole) {
+        store16(to, codes16<0>(codes));
+        store16(to + 16, codes16<1>(codes));
+        store16(to + 32, codes16<2>(codes));
+        store16(to + 48, codes16<3>(codes));
       } else {
         half_block(first, k, cols, to);
         if (k + 32 < cols) half_block(second, k + 32, cols, to + 32);
