@@ -60,6 +60,9 @@ SUBJECTS = {  # name: (process, mode)
     "lowbit, float activations": ("packed", "float"),
     "lowbit, int8 activations": ("packed", "int8"),
 }
+BY_MODULES = {  # with --modules: decoder layers as Transformers runs them, not in one call each
+    f"{name}, by modules": (kind, f"{mode} modules") for name, (kind, mode) in SUBJECTS.items() if kind == "packed"
+}
 
 
 def memory() -> dict:
@@ -189,11 +192,14 @@ class Model:
 
     def _mode(self, mode: str) -> None:
         if self.kind == "packed":
+            from lowbit.models import fuse
             from lowbit.nn import Linear
 
+            activations, _, way = mode.partition(" ")
+            fuse(self.model, enabled=way != "modules")
             for module in self.model.modules():
                 if isinstance(module, Linear):
-                    module.activations = mode
+                    module.activations = activations
 
     def decode(self, mode: str, prompt: int, tokens: int) -> list[float]:
         """Seconds of each of `tokens` greedy steps after a prompt."""
@@ -258,7 +264,8 @@ def report(row: dict) -> str:
 
 
 def measure(options: argparse.Namespace, workers: dict, loaded: dict) -> list[dict]:
-    subjects = {name: how for name, how in SUBJECTS.items() if how[0] in workers}
+    ours_and_torch = SUBJECTS | BY_MODULES if options.modules else SUBJECTS
+    subjects = {name: how for name, how in ours_and_torch.items() if how[0] in workers}
     subjects |= {name: (name, "") for name in workers if name in llama_cpp.KINDS[options.shape]}
     cases = [("decode", options.new_tokens, {"prompt": options.prompt, "tokens": options.new_tokens})]
     cases += [("prefill", prompt, {"prompt": prompt}) for prompt in options.prefill]
@@ -294,6 +301,7 @@ def main() -> None:
     parser.add_argument("--prefill", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--modules", action="store_true", help="lowbit also with Transformers' way through its layers")
     parser.add_argument("--output", help="default: results/<machine>/model.json")
     parser.add_argument("--worker", choices=("dense", "prepacked", "packed", "llama_cpp"), help=argparse.SUPPRESS)
     options = parser.parse_args()
