@@ -8,6 +8,7 @@
 
 #include "api/validate.h"
 #include "cpu/float_types.h"
+#include "dispatch/features.h"
 #include "dispatch/parallel.h"
 #include "dispatch/select.h"
 
@@ -128,6 +129,12 @@ lowbit_status check_product(const lowbit_product& given, int64_t tokens, int64_t
   return select<Verb::matmul>(w.format, &product->kernel);
 }
 
+lowbit_status check_activations(lowbit_activations activations) {
+  if (activations != LOWBIT_ACT_FLOAT && activations != LOWBIT_ACT_INT8)
+    return fail(LOWBIT_INVALID_ARGUMENT, "activations: expected float or int8, got %d", int(activations));
+  return LOWBIT_OK;
+}
+
 lowbit_status check_group(const lowbit_product* products, int count, int64_t tokens, int64_t x_stride, Group* group) {
   if (count < 1 || count > kMaxProducts)
     return fail(LOWBIT_INVALID_ARGUMENT, "products: expected 1 to %d, got %d", kMaxProducts, count);
@@ -173,6 +180,8 @@ void multiply(Group& group, Scratch& scratch, const void* x, lowbit_dtype dtype,
       Prepared& prepared = scratch.prepared[p];
       prepared.x.tokens = batch;
       prepared.x.layout = select_layout(prepared.format, batch, isa);
+      const int64_t digit_bytes = (prepared.x.high ? 2 : 1) * batch * prepared.x.cols_padded;
+      prepared.x.rows_share = digit_bytes > most_digit_bytes(prepared.format, batch, l1_bytes());
       const int64_t grain = prepared.x.layout == Activations::kTiles ? kLanes : 1;
       parallel_for(batch, grain, batch * prepared.x.cols < (1 << 15), [&](int64_t begin, int64_t end) {
         quantize(from, dtype, x_stride, prepared.perm, begin, end, &prepared.x);
@@ -221,14 +230,25 @@ lowbit_status lowbit_matmul_batching(lowbit_format format, int64_t* batch, int64
   return LOWBIT_OK;
 }
 
+lowbit_status lowbit_matmul_sharing(lowbit_format format, int64_t tokens, lowbit_activations activations,
+                                    int64_t* columns) {
+  if (!is_format(format))
+    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", int(format));
+  if (tokens < 1) return fail(LOWBIT_INVALID_ARGUMENT, "tokens: expected at least 1, got %" PRId64, tokens);
+  if (!columns) return fail(LOWBIT_INVALID_ARGUMENT, "columns: expected a pointer, got NULL");
+  LOWBIT_TRY(check_activations(activations));
+  const int64_t digits = activations == LOWBIT_ACT_FLOAT ? 2 : 1;
+  *columns = most_digit_bytes(format, tokens, l1_bytes()) / digits / tokens / padding(format) * padding(format);
+  return LOWBIT_OK;
+}
+
 lowbit_status lowbit_matmul_group(const lowbit_product* products, int count, const void* x, lowbit_dtype dtype,
                                   int64_t tokens, int64_t x_stride, lowbit_activations activations, void* workspace,
                                   size_t workspace_bytes) {
   Group group;
   LOWBIT_TRY(check_group(products, count, tokens, x_stride, &group));
   if (!is_float(dtype)) return fail(LOWBIT_INVALID_ARGUMENT, "x: expected dtype f32, f16 or bf16, got %d", int(dtype));
-  if (activations != LOWBIT_ACT_FLOAT && activations != LOWBIT_ACT_INT8)
-    return fail(LOWBIT_INVALID_ARGUMENT, "activations: expected float or int8, got %d", int(activations));
+  LOWBIT_TRY(check_activations(activations));
   if (tokens == 0) return LOWBIT_OK;
   if (!x) return fail(LOWBIT_INVALID_ARGUMENT, "x and y: expected pointers, got NULL");
   Isa isa;

@@ -1,11 +1,16 @@
 // y[m,n] = sum_c fma chain of float(I[m,n,c]) * (s[n,g(c)] * step[m,c])   on AVX-512 VNNI, few tokens, every integer format.
 //
-// One row of W against up to 4 tokens, whose digits lie in rows. A block is 16 chunks. Each plane register (64 codes)
-// meets 64 digits in vpdpbusd; the registers of 16 chunks become one, lane j = chunk j, by a transposing add of 15 merges
-// (two shuffles and an add each), and scales, steps and sums are read as they lie. Bound by the memory for int4 and int8
-// (.86 of a plain read, two digits, two threads of Zen 4 at 60 GB/s), by issue for int2 and int3 there: for int4 and
-// two digits a line costs 4 vpdpbusd, 5 loads and about 8 other operations, 2.0 ns from L2. Two rows at a time save
-// loads and 7-13% from L2, but take twice as long from DRAM: their two streams defeat the hardware's prefetchers.
+// One row of W, or several, against up to 4 tokens, whose digits lie in rows. A block is 16 chunks. Each plane register (64
+// codes) meets 64 digits in vpdpbusd; the registers of 16 chunks become one, lane j = chunk j, by a transposing add of 15
+// merges (two shuffles and an add each), and scales, steps and sums are read as they lie. Bound by the memory for int4
+// and int8 (.86 of a plain read, two digits, two threads of Zen 4 at 60 GB/s), by issue for int2 and int3 there: for int4
+// and two digits a line costs 4 vpdpbusd, 6 loads and about 8 other operations, 2.0 ns from L2.
+//
+// Where the digits leave little of the L1 (x->rows_share), every line would wait for them to come from L2. Four rows then
+// (int2: two) read each digit once: from DRAM, Zen 4, 8192 to 28672 columns, 1.05 to 1.4 times as fast for one token, 1.3 to
+// 1.8 times for 2 to 4. The rows lie a quarter of the block apart: consecutive ones share pages, and their streams defeat
+// the hardware's prefetchers. Digits that fit do not need it: two rows are 1.15 to 1.45 times as fast from a cache, but
+// .93 to 1.0 times from DRAM, as are other ways to make the loop shorter (each line loaded once, no checks in whole blocks).
 #ifndef LOWBIT_CPU_ROWS_AVX512VNNI_H
 #define LOWBIT_CPU_ROWS_AVX512VNNI_H
 
@@ -23,10 +28,10 @@ LOWBIT_INLINE float add_slots(__m512 acc) {
   return _mm_cvtss_f32(_mm_add_ss(a2, _mm_movehdup_ps(a2)));
 }
 
-// One register for each token.
-template <int kTokens>
+// One register for each row and token: r[row * kTokens + token].
+template <int kSums>
 struct Sums {
-  __m512i r[kTokens];
+  __m512i r[kSums];
 };
 
 // A step of the transposing add: lanes of `a` and `b` are added in pairs, so that after levels 1 and 2 lane i % 4 of
@@ -38,49 +43,62 @@ LOWBIT_INLINE __m512i merge(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
 }
 
-// What a block of 16 chunks reads: the row, the digits of the tokens at this block, where the row ends.
-template <int kTokens>
+// What a block of 16 chunks reads: the rows, the digits of the tokens at this block, where the row ends.
+template <int kRows, int kTokens>
 struct BlockOperands {
-  const uint8_t* row;
+  const uint8_t* row[kRows];
   const int8_t* high[kTokens];
   const int8_t* low[kTokens];
   int64_t plane, planes;  // first plane of the block; planes that the row stores
   Ahead ahead;            // of the prefetch
 };
 
-template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
+template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
 struct Block {
   static constexpr int kPlanes = kChunk / 4;                               // 16 chunks of kChunk codes
   static constexpr int kLeafPlanes = kChunk == 128 ? 2 : 1;                // planes of one register of partial sums
   static constexpr int kLevels = kChunk >= 64 ? 4 : kChunk == 32 ? 3 : 2;  // 16, 8 or 4 such registers
-  using S = Sums<kTokens>;
-  using Operands = BlockOperands<kTokens>;
+  static constexpr int kSums = kRows * kTokens;
+  using S = Sums<kSums>;
+  using Operands = BlockOperands<kRows, kTokens>;
 
   // Checked at every node of the tree, so that the last block of a row costs what it holds; always true before it.
-  LOWBIT_INLINE static bool stored(const Operands& o, int plane) { return o.plane + plane < o.planes; }
+  LOWBIT_INLINE static bool stored(const Operands& o, int plane) {
+    return __builtin_expect(o.plane + plane < o.planes, true);
+  }
 
   // Partial sums of one or two planes: high digits first, times 256, then the low digits on top of them.
   template <int kLeaf>
   LOWBIT_INLINE static S leaf(const Operands& o) {
     constexpr int p0 = kLeaf * kLeafPlanes, p1 = p0 + kLeafPlanes - 1;
-    constexpr bool kFetch = kBits != kTrit;  // decoded already
-    const __m512i c0 = peel<kBits, kPlanes, kFetch, p0>(o.row, o.plane, o.planes, o.ahead);
-    __m512i c1 = _mm512_setzero_si512();
+    constexpr bool kFetch = kBits != kTrit;                          // decoded already
     constexpr bool kPairs = kBits == 2 || kBits == 3 || kBits == 4;  // lines of an even number of planes
-    if (p1 > p0 && (kPairs || stored(o, p1))) c1 = peel<kBits, kPlanes, kFetch, p1>(o.row, o.plane, o.planes, o.ahead);
+    const bool second = p1 > p0 && (kPairs || stored(o, p1));
+    __m512i c0[kRows], c1[kRows];
+    for (int r = 0; r < kRows; r++) {
+      c0[r] = peel<kBits, kPlanes, kFetch, p0>(o.row[r], o.plane, o.planes, o.ahead);
+      c1[r] = _mm512_setzero_si512();
+      if (second) c1[r] = peel<kBits, kPlanes, kFetch, p1>(o.row[r], o.plane, o.planes, o.ahead);
+    }
     S s;
     for (int t = 0; t < kTokens; t++) {
-      __m512i sum = _mm512_setzero_si512();
+      __m512i sum[kRows];
+      for (int r = 0; r < kRows; r++) sum[r] = _mm512_setzero_si512();
       if (kTwoDigits) {
-        sum = _mm512_dpbusd_epi32(sum, c0, _mm512_loadu_si512(o.high[t] + p0 * 64));
-        if (p1 > p0) sum = _mm512_dpbusd_epi32(sum, c1, _mm512_loadu_si512(o.high[t] + p1 * 64));
-        sum = _mm512_slli_epi32(sum, 8);
+        add_products(sum, c0, o.high[t] + p0 * 64);
+        if (p1 > p0) add_products(sum, c1, o.high[t] + p1 * 64);
+        for (int r = 0; r < kRows; r++) sum[r] = _mm512_slli_epi32(sum[r], 8);
       }
-      sum = _mm512_dpbusd_epi32(sum, c0, _mm512_loadu_si512(o.low[t] + p0 * 64));
-      if (p1 > p0) sum = _mm512_dpbusd_epi32(sum, c1, _mm512_loadu_si512(o.low[t] + p1 * 64));
-      s.r[t] = sum;
+      add_products(sum, c0, o.low[t] + p0 * 64);
+      if (p1 > p0) add_products(sum, c1, o.low[t] + p1 * 64);
+      for (int r = 0; r < kRows; r++) s.r[r * kTokens + t] = sum[r];
     }
     return s;
+  }
+
+  LOWBIT_INLINE static void add_products(__m512i (&sum)[kRows], const __m512i (&codes)[kRows], const int8_t* digits) {
+    const __m512i d = _mm512_loadu_si512(digits);
+    for (int r = 0; r < kRows; r++) sum[r] = _mm512_dpbusd_epi32(sum[r], codes[r], d);
   }
 
   template <int kLevel, int kFirst>
@@ -91,7 +109,7 @@ struct Block {
       constexpr int kSecond = kFirst + (1 << (kLevel - 1));
       S a = tree<kLevel - 1, kFirst>(o), b = {};
       if (stored(o, kSecond * kLeafPlanes)) b = tree<kLevel - 1, kSecond>(o);
-      for (int t = 0; t < kTokens; t++) a.r[t] = merge<kLevel>(a.r[t], b.r[t]);
+      for (int i = 0; i < kSums; i++) a.r[i] = merge<kLevel>(a.r[i], b.r[i]);
       return a;
     }
   }
@@ -103,55 +121,103 @@ struct Block {
       // A plane holds 2 or 4 chunks, so lanes are [half][plane] or [part][plane] within planes: put them in order.
       const __m512i order = kChunk == 32 ? _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)
                                          : _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      for (int t = 0; t < kTokens; t++) s.r[t] = _mm512_permutexvar_epi32(order, s.r[t]);
+      for (int i = 0; i < kSums; i++) s.r[i] = _mm512_permutexvar_epi32(order, s.r[i]);
     }
     return s;
   }
 };
 
-template <int kBits, int kChunk, bool kTwoDigits, int kTokens>
-LOWBIT_INLINE void row_by_tokens(const lowbit_matrix* w, const Activations* x, int64_t n, int64_t m, float* out,
-                                 int64_t out_stride) {
-  using Chunks16 = Block<kBits, kChunk, kTwoDigits, kTokens>;
+template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
+LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, int64_t n, int64_t apart, int64_t m,
+                                  Ahead ahead, float* out, int64_t out_stride) {
+  using Chunks16 = Block<kBits, kChunk, kTwoDigits, kRows, kTokens>;
   const ChunkGrid grid(w, kChunk);
-  const uint8_t* row = w->codes + n * row_lines(kBits, w->cols) * kLineBytes;
+  const uint8_t* rows[kRows];
+  for (int r = 0; r < kRows; r++) rows[r] = w->codes + (n + r * apart) * row_lines(kBits, w->cols) * kLineBytes;
   const int64_t planes = stored_planes<kBits>(w->cols);
-  RowCodes<kBits> codes;
-  BlockOperands<kTokens> o;
-  o.ahead = prefetch_ahead<kBits>((kTwoDigits ? 2 : 1) * x->cols_padded);
-  __m512 acc[kTokens];
-  for (int t = 0; t < kTokens; t++) acc[t] = _mm512_setzero_ps();
+  RowCodes<kBits> codes[kRows];
+  BlockOperands<kRows, kTokens> o;
+  o.ahead = ahead;
+  __m512 acc[kRows * kTokens];
+  for (int i = 0; i < kRows * kTokens; i++) acc[i] = _mm512_setzero_ps();
 
   int64_t c = 0;
   for (int64_t plane = 0; plane < planes; plane += Chunks16::kPlanes, c += 16) {
-    codes.seek(row, plane, planes, &o.row, &o.plane, &o.planes);
+    for (int r = 0; r < kRows; r++) codes[r].seek(rows[r], plane, planes, &o.row[r], &o.plane, &o.planes);
     for (int t = 0; t < kTokens; t++) {
       o.high[t] = (kTwoDigits ? x->high : x->low) + (m + t) * x->cols_padded + plane * 64;
       o.low[t] = x->low + (m + t) * x->cols_padded + plane * 64;
     }
-    const Sums<kTokens> sums = Chunks16::chunk_sums(o);
-    const __m512 s = grid.scales(n, c);
-    const __m512i z = w->zeros ? grid.zeros(n, c) : _mm512_setzero_si512();
-    for (int t = 0; t < kTokens; t++) {
-      const int64_t at = (m + t) * x->chunks_padded + c;
-      const __m512i v = _mm512_loadu_si512(x->sum + at);
-      const __m512i zv = w->zeros ? _mm512_mullo_epi32(z, v) : _mm512_slli_epi32(v, kBits - 1);
-      const __m512 weight = _mm512_mul_ps(s, _mm512_loadu_ps(x->step + at));
-      acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums.r[t], zv)), weight, acc[t]);
+    const Sums<kRows * kTokens> sums = Chunks16::chunk_sums(o);
+    for (int r = 0; r < kRows; r++) {
+      const __m512 s = grid.scales(n + r * apart, c);
+      const __m512i z = w->zeros ? grid.zeros(n + r * apart, c) : _mm512_setzero_si512();
+      for (int t = 0; t < kTokens; t++) {
+        const int64_t at = (m + t) * x->chunks_padded + c;
+        const int i = r * kTokens + t;
+        const __m512i v = _mm512_loadu_si512(x->sum + at);
+        const __m512i zv = w->zeros ? _mm512_mullo_epi32(z, v) : _mm512_slli_epi32(v, kBits - 1);
+        const __m512 weight = _mm512_mul_ps(s, _mm512_loadu_ps(x->step + at));
+        acc[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums.r[i], zv)), weight, acc[i]);
+      }
     }
   }
-  for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride] = add_slots(acc[t]);
+  for (int r = 0; r < kRows; r++)
+    for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride + r * apart] = add_slots(acc[r * kTokens + t]);
+}
+
+template <int kTokens>
+struct Width {
+  static constexpr int value = kTokens;
+};
+
+// Calls pass(Width, first token) for all tokens: kMost at a time, then two, then one.
+template <int kMost, class Pass>
+LOWBIT_INLINE void each_pass(int64_t tokens, Pass&& pass) {
+  int64_t m = 0;
+  for (; m + kMost <= tokens; m += kMost) pass(Width<kMost>(), m);
+  if (kMost > 2 && m + 2 <= tokens) pass(Width<2>(), m), m += 2;
+  if (m < tokens) pass(Width<1>(), m);
+}
+
+// Tokens that share the codes of a row: what 32 registers hold.
+template <bool kTwoDigits>
+constexpr int kMostTokens = kTwoDigits ? 2 : 4;
+
+// A row after the other, each meeting all tokens.
+template <int kBits, int kChunk, bool kTwoDigits>
+__attribute__((noinline)) void each_row(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1,
+                                        Ahead ahead, float* out, int64_t out_stride) {
+  for (int64_t n = n0; n < n1; n++)
+    each_pass<kMostTokens<kTwoDigits>>(x->tokens, [&](auto width, int64_t m) __attribute__((always_inline)) {
+      rows_by_tokens<kBits, kChunk, kTwoDigits, 1, width.value>(w, x, n, 0, m, ahead, out + n - n0, out_stride);
+    });
+}
+
+// kRows at a time from as many places, so that each is read as a stream of its own, and what is left of them one by one:
+// first with some of the tokens, then with the next.
+template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
+__attribute__((noinline)) void rows_apart(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1,
+                                          int64_t m, Ahead ahead, float* out, int64_t out_stride) {
+  ahead.stream = true;  // said here, for a branch at every line of four rows would need more registers than there are
+  const int64_t apart = (n1 - n0) / kRows;
+  int64_t n = n0;
+  for (; n < n0 + apart; n++)
+    rows_by_tokens<kBits, kChunk, kTwoDigits, kRows, kTokens>(w, x, n, apart, m, ahead, out + n - n0, out_stride);
+  for (n = n0 + kRows * apart; n < n1; n++)
+    rows_by_tokens<kBits, kChunk, kTwoDigits, 1, kTokens>(w, x, n, 0, m, ahead, out + n - n0, out_stride);
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
 void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
-  constexpr int kTogether = kTwoDigits ? 2 : 4;  // tokens that share the codes of a row: what 32 registers hold
-  for (int64_t n = n0; n < n1; n++) {
-    int64_t m = 0;
-    for (; m + kTogether <= x->tokens; m += kTogether)
-      row_by_tokens<kBits, kChunk, kTwoDigits, kTogether>(w, x, n, m, out + n - n0, out_stride);
-    for (; m < x->tokens; m++) row_by_tokens<kBits, kChunk, kTwoDigits, 1>(w, x, n, m, out + n - n0, out_stride);
-  }
+  constexpr int kSharing = kBits == kTrit || kChunk < 32 ? 1 : kBits == 2 ? 2 : 4;  // rows that share digits
+  const Ahead ahead = prefetch_ahead<kBits>((kTwoDigits ? 2 : 1) * x->cols_padded);
+  if (kSharing == 1 || !x->rows_share)
+    each_row<kBits, kChunk, kTwoDigits>(w, x, n0, n1, ahead, out, out_stride);
+  else
+    each_pass<kMostTokens<kTwoDigits>>(x->tokens, [&](auto width, int64_t m) {
+      rows_apart<kBits, kChunk, kTwoDigits, kSharing, width.value>(w, x, n0, n1, m, ahead, out, out_stride);
+    });
 }
 
 }  // namespace

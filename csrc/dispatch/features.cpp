@@ -64,6 +64,14 @@ const char* cpu_features() {
   return text.c_str();
 }
 
+int64_t l1_bytes() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const long bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 32 << 10;
+}
+
 const char* tiles_refused() {
   static const std::string reason = ask_for_tiles();
   return reason.c_str();

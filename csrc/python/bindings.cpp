@@ -490,6 +490,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return std::make_tuple(batch, tiles_from);
       },
       py::arg("format"));
+  m.def(
+      "matmul_sharing",
+      [](int format, int64_t tokens, int activations) {
+        int64_t columns = 0;
+        raise(lowbit_matmul_sharing(lowbit_format(format), tokens, lowbit_activations(activations), &columns));
+        return columns;
+      },
+      py::arg("format"), py::arg("tokens"), py::arg("activations"));
   m.def("kernels", [] {
     std::vector<std::pair<std::string, bool>> rows;
     int runnable = 0;

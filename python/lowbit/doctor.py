@@ -106,11 +106,13 @@ def kernel_choices() -> dict[str, Any]:
     "kernels": a dict for each verb and format: "verb", "format", "kernel" (the one selected) and "rows", every row of
     the table for them, best first: "name" and "why", "" for the selected one, else why it is not.
     "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", by format the number
-    from which activations lie as tiles of 16 tokens; below it as rows.
+    from which activations lie as tiles of 16 tokens; below it as rows. "own_digits": by mode and format, the columns up
+    to which rows of a product with one token read its digits alone (AVX-512; the first-level cache is too small beyond).
     """
     import torch  # noqa: F401  before _C, see above
 
     from lowbit import _C
+    from lowbit.abi import ACTIVATIONS, FORMATS
 
     table = [name for name, _ in _C.kernels()]
     choices = []
@@ -129,6 +131,10 @@ def kernel_choices() -> dict[str, Any]:
     batching = {name: _C.matmul_batching(bits) for name, bits in _verbs()["matmul"].items()}
     tokens = {"batch": max(batch for batch, _ in batching.values())}
     tokens["tiles_from"] = {name: tiles_from for name, (_, tiles_from) in batching.items()}
+    tokens["own_digits"] = {
+        mode: {name: _C.matmul_sharing(bits, 1, number) for name, bits in FORMATS.items()}
+        for mode, number in ACTIVATIONS.items()
+    }
     return {"kernels": choices, "matmul_tokens": tokens}
 
 

@@ -69,19 +69,22 @@ void test_matmul(const Case& c, const std::vector<const char*>& isas, const std:
           expected = y;
           for (int64_t m = 0; m < tokens; m++)
             for (int64_t n = 0; n < c.rows; n++) {
-              double sum = 0, size = 0;
+              double sum = 0, size = 0, weights = 0, largest = 0;
               for (int64_t k = 0; k < c.cols; k++) {
-                const double product =
-                    w.dense[size_t(n * c.cols + k)] * lowbit::load_float(x.data(), dtype, m * c.cols + k);
-                sum += product;
-                size += product * product;
+                const double weight = w.dense[size_t(n * c.cols + k)];
+                const double value = lowbit::load_float(x.data(), dtype, m * c.cols + k);
+                sum += weight * value;
+                size += std::fabs(weight * value);
+                weights += weight * weight;
+                largest = std::max(largest, std::fabs(value));
               }
               const double got = lowbit::load_float(y.data(), dtype, m * c.rows + n), wanted = sum + bias[size_t(n)];
-              // Rounding of x: half a step of at most 2^-14 of its chunk's largest, beside outliers 50 times the rest.
-              const double bound = exact && dtype == LOWBIT_F32
-                                       ? 0
-                                       : (mode == LOWBIT_ACT_FLOAT ? 1e-2 : 1.0) * std::sqrt(size) + 1e-6 +
-                                             (dtype == LOWBIT_F32 ? 0 : 1e-2 * std::fabs(wanted));
+              // Rounding of x: uniform within a step, which is at most 2^-14 or 1/127 of the token's largest; six
+              // standard deviations. Exact: the scales are at least 1/4, so that 22 bits before the point are all there.
+              const double step = largest * (mode == LOWBIT_ACT_FLOAT ? std::ldexp(1, -14) : 1.0 / 127);
+              const double rounding = exact ? 0 : 6 * step * std::sqrt(weights / 12);
+              const double sums = exact && size < 1 << 22 ? 0 : std::ldexp(size, -22);
+              const double bound = rounding + sums + (dtype == LOWBIT_F32 ? 0 : 1e-2 * std::fabs(wanted));
               CHECK(std::fabs(got - wanted) <= bound, "%s [%ld,%ld]: got %.9g, wanted %.9g, bound %g",
                     describe(c, tokens, mode, isa).c_str(), long(m), long(n), got, wanted, bound);
             }
@@ -259,8 +262,9 @@ int main() {
     test_matmul({bits, 131, 384, 128, may_have_zeros, false, 0, LOWBIT_F16, false}, isas, {33, 32, 31, 16, 1},
                 LOWBIT_BF16, false);
     test_matmul({bits, 1, 256, 64, false, true, 0, LOWBIT_F32, false}, isas, {16, 1}, LOWBIT_F16, false);
-    // Rows longer than what kernels keep decoded for later tiles.
-    test_matmul({bits, 9, 15489, 128, may_have_zeros, false, 0, LOWBIT_F16, false}, isas, {49, 1}, LOWBIT_F32, false);
+    // Rows longer than what kernels keep decoded for later tiles, and than the digits that fit the first-level cache.
+    test_matmul({bits, 11, 15489, 128, may_have_zeros, false, 0, LOWBIT_F16, false}, isas, {49, 7, 2, 1}, LOWBIT_F32,
+                false);
     test_matmul({bits, 67, 130, -1, false, false, 1, LOWBIT_BF16, false}, isas, {300, 257, 256, 1}, LOWBIT_F32, false);
   }
   // Ternary rows that end in a line, a pair of lines and the stages that kernels decode at a time; rows of several

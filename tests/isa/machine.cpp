@@ -27,6 +27,7 @@ const Feature* features() {
 }  // namespace
 
 bool tiles_are_refused = false;
+int64_t l1_size = 32 << 10;
 
 bool cpu_has(const char* feature) {
   for (const Feature* f = features(); f->name; f++)
@@ -44,6 +45,7 @@ const char* cpu_features() {
   return text.c_str();
 }
 
+int64_t l1_bytes() { return l1_size; }
 const char* tiles_refused() { return tiles_are_refused ? "a test said so" : ""; }
 
 }  // namespace lowbit

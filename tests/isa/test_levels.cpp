@@ -31,12 +31,12 @@ void test_choice() {
   CHECK(!lowbit_isa_missing("sse9"), "%s", lowbit_isa_missing("sse9"));
   struct {
     const char *isa, *matmul, *gather;
-    int64_t tiles_from, of_int4, of_int8;  // of trit, int2 and int3
-  } const wanted[] = {{"auto", "amx", "avx512vnni", 6, 6, 6},
-                      {"amx", "amx", "avx512vnni", 6, 6, 6},
-                      {"avx512vnni", "avx512vnni", "avx512vnni", 9, 7, 5},
-                      {"avxvnni", "avxvnni", "avx2", 12, 12, 12},
-                      {"avx2", "avx2", "avx2", 12, 12, 12}};
+    int64_t tiles_from, of_int4, of_int8, of_int2;  // of trit and int3
+  } const wanted[] = {{"auto", "amx", "avx512vnni", 6, 6, 6, 6},
+                      {"amx", "amx", "avx512vnni", 6, 6, 6, 6},
+                      {"avx512vnni", "avx512vnni", "avx512vnni", 9, 9, 7, 11},
+                      {"avxvnni", "avxvnni", "avx2", 12, 12, 12, 12},
+                      {"avx2", "avx2", "avx2", 12, 12, 12, 12}};
   for (const auto& level : wanted) {
     CHECK(lowbit_set_isa(level.isa) == LOWBIT_OK, "%s", lowbit_last_error());
     for (const int bits : {lowbit::kTrit, 2, 3, 4, 8}) {
@@ -45,11 +45,41 @@ void test_choice() {
       CHECK(matmul == format_name(bits) + "_matmul__" + level.matmul, "%s at %s", matmul.c_str(), level.isa);
       CHECK(gather == format_name(bits) + "_gather__" + level.gather, "%s at %s", gather.c_str(), level.isa);
       int64_t batch = 0, tiles_from = 0;
-      const int64_t expected = bits == 8 ? level.of_int8 : bits == 4 ? level.of_int4 : level.tiles_from;
+      const int64_t expected = bits == 8   ? level.of_int8
+                               : bits == 4 ? level.of_int4
+                               : bits == 2 ? level.of_int2
+                                           : level.tiles_from;
       CHECK(lowbit_matmul_batching(lowbit_format(bits), &batch, &tiles_from) == LOWBIT_OK, "%s", lowbit_last_error());
       CHECK(batch == 256 && tiles_from == expected, "%s of %d bits: tiles from %ld", level.isa, bits, long(tiles_from));
     }
   }
+}
+
+// From how many columns on rows share digits, by format, number of tokens and the size of the first-level cache.
+void test_sharing() {
+  struct {
+    int64_t l1;
+    int format;
+    int64_t tokens, of_float, of_int8;
+  } const cases[] = {{32 << 10, 4, 1, 6144, 12288},
+                     {32 << 10, 8, 1, 6144, 12288},
+                     {48 << 10, 4, 1, 9216, 18432},
+                     {32 << 10, 4, 2, 4096, 8192},
+                     {32 << 10, 2, 8, 1024, 2048},
+                     {32 << 10, lowbit::kTrit, 1, 12160, 24320},
+                     {32 << 10, lowbit::kTrit, 4, 2560, 5760},
+                     {1024, 4, 3, 0, 0}};
+  for (const auto& c : cases) {
+    lowbit::l1_size = c.l1;
+    int64_t columns[2] = {-1, -1};
+    for (const auto mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8})
+      CHECK(lowbit_matmul_sharing(lowbit_format(c.format), c.tokens, mode, &columns[mode == LOWBIT_ACT_INT8]) ==
+                LOWBIT_OK,
+            "%s", lowbit_last_error());
+    CHECK(columns[0] == c.of_float && columns[1] == c.of_int8, "%s, %ld tokens, %ld bytes: %ld and %ld columns",
+          format_name(c.format).c_str(), long(c.tokens), long(c.l1), long(columns[0]), long(columns[1]));
+  }
+  lowbit::l1_size = 32 << 10;
 }
 
 // The probe of the tiles: shapes and registers that the stand-ins accept, and a rate.
@@ -105,12 +135,15 @@ void test_numbers_of_tokens() {
       for (const auto mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8}) {
         const auto wanted = product(w, x, 70, mode, "ref");
         for (const int64_t tokens : counts)
-          for (const char* isa : {"amx", "avxvnni"}) {
+          for (const char* isa : {"amx", "avxvnni", "avx512vnni"}) {
+            // Of a kilobyte, in which no digits fit: rows of AVX-512 share them.
+            lowbit::l1_size = !strcmp(isa, "avx512vnni") ? 1024 : 32 << 10;
             const auto got = product(w, x, tokens, mode, isa);
             CHECK(!memcmp(got.data(), wanted.data(), got.size() * 4),
                   "%s group %ld mode %d tokens %ld: %s differs from ref", format_name(bits).c_str(), long(group),
                   int(mode), long(tokens), isa);
           }
+        lowbit::l1_size = 32 << 10;
       }
     }
 }
@@ -194,6 +227,7 @@ int main(int count, char** arguments) {
     return check::finish("levels, tiles refused");
   }
   test_choice();
+  test_sharing();
   test_use_of_tiles();
   test_numbers_of_tokens();
   test_tile_rate();

@@ -53,6 +53,8 @@ def test_kernel_choices_of_this_machine():
     tokens = choices["matmul_tokens"]
     assert set(tokens["tiles_from"]) == {"int2", "int3", "int4", "int8", "trit"}
     assert (tokens["batch"], tokens["tiles_from"]["int4"]) == _C.matmul_batching(4)
+    own = tokens["own_digits"]
+    assert own["float"]["int4"] == _C.matmul_sharing(4, 1, 0) and set(own["int8"]) == set(tokens["tiles_from"])
 
 
 def test_kernel_choices_in_words(isa, monkeypatch):
@@ -194,6 +196,7 @@ def test_command_kernels(capsys):
     for name, _ in _C.kernels():
         assert name in out
     batch, tiles_from = _C.matmul_batching(8)
+    assert f"int4 {_C.matmul_sharing(4, 1, 0):,}" in out
     assert f"int8 {tiles_from}" in out and f"at most {batch} tokens" in out
 
 

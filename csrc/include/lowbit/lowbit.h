@@ -149,6 +149,12 @@ LOWBIT_API size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens
  * tiles of 16 tokens from *tiles_from tokens on, and as rows below. */
 LOWBIT_API lowbit_status lowbit_matmul_batching(lowbit_format format, int64_t* batch, int64_t* tiles_from);
 
+/* And how it takes rows of the matrix where activations lie as rows, at the levels avx512vnni and amx: one by one up to
+ * *columns columns; beyond, the tokens' digits leave too little of this CPU's first-level cache, and two or four rows
+ * read them together (not groups of 16 columns, nor trits in groups). */
+LOWBIT_API lowbit_status lowbit_matmul_sharing(lowbit_format format, int64_t tokens, lowbit_activations activations,
+                                               int64_t* columns);
+
 /* y[m][n] = sum_k x[m][k] * W[n][k] + bias[n]; x [tokens][cols], y [tokens][rows] of the same dtype (f32, f16,
  * bf16), strides in elements; bias [rows] of any float dtype or NULL. Any tokens >= 0. workspace NULL: allocated
  * inside the call. Bit-identical for every ISA, thread count and batch size. */

@@ -79,3 +79,11 @@ def _show_choices(terminal: Terminal, choices: dict) -> None:
         f"activations lie as rows, from so many tokens on as tiles of 16: {tiles_from}; "
         f"at most {batch} tokens at a time",
     )
+    own = choices["matmul_tokens"]["own_digits"]
+    columns = "; ".join(
+        f"{mode} mode: " + ", ".join(f"{name} {most:,}" for name, most in formats.items())
+        for mode, formats in own.items()
+    )
+    terminal.line(
+        "rows", f"of AVX-512 meet one token alone up to so many columns, beyond them several at once: {columns}"
+    )
