@@ -107,7 +107,7 @@ def kernel_choices() -> dict[str, Any]:
     the table for them, best first: "name" and "why", "" for the selected one, else why it is not.
     "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", by format the number
     from which activations lie as tiles of 16 tokens; below it as rows. "own_digits": by mode and format, the columns up
-    to which rows of a product with one token read its digits alone (AVX-512; the first-level cache is too small beyond).
+    to which rows of a product with one token read its digits alone (AVX-512; the first-level cache allows no more).
     """
     import torch  # noqa: F401  before _C, see above
 
