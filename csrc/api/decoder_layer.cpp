@@ -1,5 +1,5 @@
-// A decoder layer for one new token of each sequence: the calls of lowbit.h one after the other over one scratch, so that a
-// host pays for one call where it would for nine.
+// Decoder layers for one new token of each sequence: the calls of lowbit.h one after the other over one scratch, so that a
+// host pays for one call where it would for nine, or for a model's hundreds.
 #include <cinttypes>
 #include <cstdlib>
 
@@ -53,17 +53,9 @@ lowbit_product product(const lowbit_linear& linear, void* y) {
   return {linear.w, linear.bias, linear.bias_dtype, y, linear.w->rows};
 }
 
-}  // namespace
-}  // namespace lowbit
-
-using namespace lowbit;
-
-extern "C" lowbit_status lowbit_decode_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step,
-                                             const void* x, void* y) {
-  Widths n{};
-  LOWBIT_TRY(check_layer(layer, step, &n));
-  if (step->sequences == 0) return LOWBIT_OK;
-  if (!x || !y) return fail(LOWBIT_INVALID_ARGUMENT, "x and y: expected pointers, got NULL");
+// One layer after its checks.
+lowbit_status run_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step, const Widths& n,
+                        const void* x, void* y) {
   const int64_t tokens = step->sequences, element = dtype_bytes(step->dtype);
 
   // The scratch: each part a row a token, at multiples of 64 bytes.
@@ -117,4 +109,45 @@ extern "C" lowbit_status lowbit_decode_layer(const lowbit_decoder_layer* layer, 
   const lowbit_status status = run();
   free(scratch);
   return status;
+}
+
+}  // namespace
+}  // namespace lowbit
+
+using namespace lowbit;
+
+extern "C" {
+
+lowbit_status lowbit_decode_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step, const void* x,
+                                  void* y) {
+  return lowbit_decode_layers(&layer, step, 1, nullptr, x, y);
+}
+
+lowbit_status lowbit_decode_layers(const lowbit_decoder_layer* const* layers, const lowbit_decode_step* steps,
+                                   int count, const lowbit_norm* last, const void* x, void* y) {
+  if (!layers || !steps || count < 1)
+    return fail(LOWBIT_INVALID_ARGUMENT, "layers and steps: expected at least one, got %d at %p and %p", count,
+                static_cast<const void*>(layers), static_cast<const void*>(steps));
+  Widths first{}, widths{};
+  for (int i = 0; i < count; i++) {
+    LOWBIT_TRY(check_layer(layers[i], &steps[i], &widths));
+    if (i == 0) first = widths;
+    if (widths.hidden != first.hidden || steps[i].dtype != steps->dtype || steps[i].sequences != steps->sequences)
+      return fail(LOWBIT_INVALID_ARGUMENT,
+                  "layers[%d]: expected %" PRId64 " columns, dtype %d and %" PRId64
+                  " sequences as the first has, got %" PRId64 ", %d and %" PRId64,
+                  i, first.hidden, int(steps->dtype), steps->sequences, widths.hidden, int(steps[i].dtype),
+                  steps[i].sequences);
+  }
+  if (steps->sequences == 0) return LOWBIT_OK;
+  if (!x || !y) return fail(LOWBIT_INVALID_ARGUMENT, "x and y: expected pointers, got NULL");
+  for (int i = 0; i < count; i++) {
+    LOWBIT_TRY(check_layer(layers[i], &steps[i], &widths));
+    LOWBIT_TRY(run_layer(layers[i], &steps[i], widths, i ? y : x, y));
+  }
+  if (!last || !last->weight) return LOWBIT_OK;
+  const int64_t hidden = first.hidden;
+  return lowbit_rms_norm(y, hidden, nullptr, hidden, last->weight, last->eps, steps->dtype, steps->sequences, hidden,
+                         nullptr, hidden, y, hidden);
+}
 }

@@ -9,7 +9,7 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kSerialElements = 1 << 15;  // of a norm or a gate
-constexpr double kSerialWork = 1 << 18;       // multiply-adds of an attention
+constexpr double kSerialWork = 1 << 16;       // multiply-adds of an attention, 10 us
 
 lowbit_status check_rows(lowbit_dtype dtype, int64_t tokens, int64_t size) {
   if (!is_float(dtype)) return fail(LOWBIT_INVALID_ARGUMENT, "dtype: expected f32, f16 or bf16, got %d", int(dtype));

@@ -91,6 +91,26 @@ struct DecoderLayer {
   DecoderLayer& operator=(const DecoderLayer&) = delete;
 };
 
+// Layers that follow each other, and the norm after the last. Python keeps the layers alive.
+struct DecoderStack {
+  std::vector<const lowbit_decoder_layer*> layers;
+  std::vector<lowbit_decode_step> steps;  // head sizes and scales
+  lowbit_norm last;
+
+  DecoderStack(const std::vector<const DecoderLayer*>& parts, const std::vector<std::pair<int64_t, float>>& heads,
+               std::pair<uintptr_t, float> norm)
+      : steps(heads.size()), last{pointer<const void>(norm.first), norm.second} {
+    if (parts.empty() || parts.size() != heads.size())
+      throw py::value_error("layers and heads: expected one of each for every layer");
+    for (size_t i = 0; i < parts.size(); i++) {
+      if (!parts[i]) throw py::value_error("layers: expected layers, got None");
+      layers.push_back(&parts[i]->view);
+      steps[i].head_size = heads[i].first;
+      steps[i].scale = heads[i].second;
+    }
+  }
+};
+
 Matrix matrix(int format, int64_t rows, int64_t cols, int64_t group_size, uintptr_t codes, uintptr_t scales,
               int scale_dtype, int64_t scale_rows, int64_t scale_cols, uintptr_t zeros, uintptr_t perm,
               int32_t device) {
@@ -471,6 +491,39 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::arg("dtype"), py::arg("sequences"), py::arg("head_size"), py::arg("scale"), py::arg("x"), py::arg("y"),
           py::arg("past"), py::arg("cos"), py::arg("sin"), py::arg("angle_stride"), py::arg("keys"), py::arg("values"),
           py::arg("cache_sequence_stride"), py::arg("cache_head_stride"));
+
+  py::class_<DecoderStack>(m, "DecoderStack")
+      .def(py::init<const std::vector<const DecoderLayer*>&, const std::vector<std::pair<int64_t, float>>&,
+                    std::pair<uintptr_t, float>>(),
+           py::arg("layers"), py::arg("heads"), py::arg("norm"), py::keep_alive<1, 2>())
+      .def(
+          "decode",
+          [](const DecoderStack& stack, int dtype, int64_t sequences, uintptr_t x, uintptr_t y, int64_t past,
+             uintptr_t cos, uintptr_t sin, int64_t angle_stride,
+             const std::vector<std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>>& caches) {
+            if (caches.size() != stack.layers.size()) throw py::value_error("caches: expected one for every layer");
+            std::vector<lowbit_decode_step> steps = stack.steps;  // another thread may decode as well
+            for (size_t i = 0; i < steps.size(); i++) {
+              lowbit_decode_step& step = steps[i];
+              step.dtype = lowbit_dtype(dtype);
+              step.sequences = sequences;
+              step.past = past;
+              step.cos = pointer<const void>(cos);
+              step.sin = pointer<const void>(sin);
+              step.angle_stride = angle_stride;
+              const auto& [keys, values, sequence_stride, head_stride] = caches[i];
+              step.keys = pointer<void>(keys);
+              step.values = pointer<void>(values);
+              step.cache_sequence_stride = sequence_stride;
+              step.cache_head_stride = head_stride;
+            }
+            run([&] {
+              return lowbit_decode_layers(stack.layers.data(), steps.data(), int(steps.size()), &stack.last,
+                                          pointer<const void>(x), pointer<void>(y));
+            });
+          },
+          py::arg("dtype"), py::arg("sequences"), py::arg("x"), py::arg("y"), py::arg("past"), py::arg("cos"),
+          py::arg("sin"), py::arg("angle_stride"), py::arg("caches"));
 
   m.def("cpu_features", [] { return std::string(lowbit_cpu_features()); });
   m.def("isa", [] { return std::string(lowbit_isa()); });

@@ -246,6 +246,21 @@ class DecoderLayer:
         cache_head_stride: int,
     ) -> None: ...
 
+class DecoderStack:
+    def __init__(self, layers: list[DecoderLayer], heads: list[tuple[int, float]], norm: tuple[int, float]) -> None: ...
+    def decode(
+        self,
+        dtype: int,
+        sequences: int,
+        x: int,
+        y: int,
+        past: int,
+        cos: int,
+        sin: int,
+        angle_stride: int,
+        caches: list[tuple[int, int, int, int]],
+    ) -> None: ...
+
 def cpu_features() -> str: ...
 def isa() -> str: ...
 def set_isa(isa: str) -> None: ...

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lowbit import nn as lowbit_nn
-from lowbit.integrations.decoder import fuse
+from lowbit.integrations.decoder_stack import fuse
 from lowbit.matrix import PackedMatrix
 
 

@@ -379,6 +379,63 @@ void test_layer(lowbit_dtype dtype, bool head_norms, lowbit_activations mode, in
   });
 }
 
+// Layers in one call: the bits of the calls one by one, and of the norm after them.
+void test_layers(lowbit_dtype dtype, int64_t sequences) {
+  const Layer first(dtype, false, LOWBIT_ACT_FLOAT), second(dtype, true, LOWBIT_ACT_INT8);
+  const lowbit_decoder_layer* layers[] = {&first.view, &second.view, &first.view};
+  const Step made({sequences, first.heads, first.kv_heads, first.size, 5, true, true}, dtype, Kind::random);
+  const Elements x = Elements::normal(dtype, sequences * first.hidden), weight = Elements::normal(dtype, first.hidden);
+  const lowbit_norm last = {weight.data(), 1e-5f}, none = {nullptr, 1e-5f};
+  auto caches = [&] {
+    std::vector<Elements> all;
+    for (int i = 0; i < 3; i++) all.push_back(made.keys), all.push_back(made.values);
+    return all;
+  };
+  auto steps = [&](std::vector<Elements>& cache) {
+    std::vector<lowbit_decode_step> all(3, made.view);
+    for (size_t i = 0; i < 3; i++)
+      all[i].keys = cache[2 * i].data(), all[i].values = cache[2 * i + 1].data(), all[i].cos = made.cos.data(),
+      all[i].sin = made.sin.data();
+    return all;
+  };
+  everywhere("decode_attention", [&](const char* isa) {
+    std::vector<Elements> apart = caches(), together = caches();
+    Elements wanted = x, y(dtype, sequences * first.hidden);
+    const auto given = steps(apart);
+    for (size_t i = 0; i < 3; i++)
+      CHECK(lowbit_decode_layer(layers[i], &given[i], wanted.data(), wanted.data()) == LOWBIT_OK, "%s",
+            lowbit_last_error());
+    for (const lowbit_norm* norm : {static_cast<const lowbit_norm*>(nullptr), &none, &last}) {
+      if (norm == &last)
+        CHECK(lowbit_rms_norm(wanted.data(), first.hidden, nullptr, 0, last.weight, last.eps, dtype, sequences,
+                              first.hidden, nullptr, 0, wanted.data(), first.hidden) == LOWBIT_OK,
+              "%s", lowbit_last_error());
+      together = caches();
+      CHECK(lowbit_decode_layers(layers, steps(together).data(), 3, norm, x.data(), y.data()) == LOWBIT_OK, "%s",
+            lowbit_last_error());
+      CHECK(y.bytes == wanted.bytes, "decode_layers %s: not the bits of its calls one by one", isa);
+      for (size_t i = 0; i < 6; i++) CHECK(together[i].bytes == apart[i].bytes, "%s: cache %zu", isa, i);
+    }
+  });
+
+  std::vector<Elements> cache = caches();
+  Elements y = x;
+  auto refused = [&](auto change, int count, const char* words) {
+    auto given = steps(cache);
+    change(&given[2]);
+    CHECK(lowbit_decode_layers(layers, given.data(), count, &last, x.data(), y.data()) == LOWBIT_INVALID_ARGUMENT &&
+              std::strstr(lowbit_last_error(), words),
+          "expected \"%s\", got %s", words, lowbit_last_error());
+    CHECK(y.bytes == x.bytes && cache[0].bytes == made.keys.bytes, "refused layers wrote");
+  };
+  using S = lowbit_decode_step*;
+  refused([](S) {}, 0, "layers and steps: expected at least one, got 0");
+  refused([](S s) { s->sequences++; }, 3, "layers[2]: expected 96 columns");
+  refused([](S s) { s->head_size = 0; }, 3, "head_size");
+  layers[1] = nullptr;
+  refused([](S) {}, 3, "layer and step: expected pointers");
+}
+
 void test_layer_refusals() {
   auto refused = [](auto change, const char* words) {
     Layer layer(LOWBIT_F32, true, LOWBIT_ACT_FLOAT);
@@ -490,6 +547,8 @@ int main() {
     for (const bool head_norms : {false, true})
       for (const lowbit_activations mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8})
         for (const int64_t sequences : {1, 3}) test_layer(dtype, head_norms, mode, sequences);
+  for (const auto dtype : {LOWBIT_F32, LOWBIT_BF16})
+    for (const int64_t sequences : {1, 3}) test_layers(dtype, sequences);
   test_layer_refusals();
   test_silu_of_no_number();
   test_refusals();

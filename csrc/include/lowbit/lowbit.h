@@ -264,6 +264,13 @@ typedef struct lowbit_decoder_layer {
 LOWBIT_API lowbit_status lowbit_decode_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step,
                                              const void* x, void* y);
 
+/* `count` layers one after the other, layers[i] with steps[i] (its own keys and values; dtype and sequences alike), and
+ * the norm `last` (NULL, or of no weight: none) of what comes out: a token of a whole model but for its table and head.
+ * Shapes are checked before anything is written. */
+LOWBIT_API lowbit_status lowbit_decode_layers(const lowbit_decoder_layer* const* layers,
+                                              const lowbit_decode_step* steps, int count, const lowbit_norm* last,
+                                              const void* x, void* y);
+
 /* ---- the GPTQ column solver ---- */
 
 typedef struct lowbit_gptq_options {

@@ -1,9 +1,9 @@
-"""Decoder layers of Transformers, a token at a time, in one call.
+"""A decoder layer of Transformers, a token at a time, in one call.
 
 Between the products of a packed layer torch runs some seventy small operators, on caches that the weights have just
 gone through: a quarter of a token's time. Here one token of a layer of a known family is one call
 (lowbit_decode_layer), over a cache that grows in place. It rounds where Transformers' modules round, so results differ
-from theirs by the order of fp32 sums.
+from theirs by the order of fp32 sums. decoder_stack.py makes one call of all layers.
 
 Modules stay what and where they are. A layer gets a `forward` of its own that goes this way when nobody can tell:
 inference on the CPU in one dtype, a token at a time, no mask, Transformers' own growing cache, linears and norms that
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -26,45 +27,23 @@ from lowbit import _C, abi
 from lowbit import nn as lowbit_nn
 from lowbit.integrations.cache_room import CacheRoom
 
-_FAMILIES = ("llama.modeling_llama.Llama", "mistral.modeling_mistral.Mistral")
-_FAMILIES += ("qwen2.modeling_qwen2.Qwen2", "qwen3.modeling_qwen3.Qwen3")
-_LAYERS = frozenset(f"transformers.models.{family}DecoderLayer" for family in _FAMILIES)
-_SAID_ELSEWHERE = frozenset({"position_ids", "use_cache", "cache_position"})  # by the angles and the cache
+SAID_ELSEWHERE = frozenset({"position_ids", "use_cache", "cache_position"})  # by the angles and the cache
 # Of what a layer adds, in the trial: several times what the order of sums and the rounding of int8 activations make of
 # bf16 (.005 and .017).
 _TOLERANCE = 0.05
 
 
-def fuse(model: nn.Module, enabled: bool = True) -> int:
-    """Lets the decoder layers of known families decode in one call each, or (enabled=False) as Transformers has it;
-    returns how many layers there are.
-
-    Done to every model that is packed; call it for layers that came later, or to switch it off. A layer whose `forward`
-    somebody replaced stays as it is.
-    """
-    families: dict[type, _Family] = {}
-    count = 0
-    for layer in model.modules():
-        if f"{type(layer).__module__}.{type(layer).__qualname__}" not in _LAYERS:
-            continue
-        own = layer.__dict__.get("forward")
-        if own is None and enabled:
-            own = layer.forward = FusedLayer(layer, families.setdefault(type(layer), _Family()))
-        elif isinstance(own, FusedLayer) and not enabled:
-            del layer.forward
-        count += isinstance(own, FusedLayer)
-    return count
-
-
-class _Family:
+class Family:
     """What the layers of one class in a model have in common.
 
     agrees: whether the first of them that was asked gave the same both ways; None before.
     last: the angles that a layer was given last, for which x, and what the call makes of them: all layers get the same.
+    watched: (a thread, a list): what layers are given and give there is added (decoder_stack.py).
     """
 
     def __init__(self, agrees: bool | None = None):
         self.agrees = agrees
+        self.watched: tuple[int, list] | None = None
         self.last: tuple = (None, None, None)
 
     def angle_arguments(self, angles: tuple[Tensor, Tensor], x: Tensor, size: int) -> tuple[int, int, int] | None:
@@ -80,19 +59,26 @@ class _Family:
         return last[2]
 
     def __reduce__(self):
-        return _Family, (self.agrees,)
+        return Family, (self.agrees,)
 
 
 class FusedLayer:
     """The forward of a decoder layer: one call where nobody can tell, else its class's."""
 
-    def __init__(self, layer: nn.Module, family: _Family):
+    def __init__(self, layer: nn.Module, family: Family):
         self.layer, self.family = layer, family
-        self.parts: _Parts | None = None
+        self.parts: Parts | None = None
 
     def __call__(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        y = self._forward(hidden_states, args, kwargs)
+        watched = self.family.watched
+        if watched is not None and watched[0] == get_ident():
+            watched[1].append((self.layer, hidden_states, kwargs, y))
+        return y
+
+    def _forward(self, hidden_states: Tensor, args: tuple, kwargs: dict) -> Tensor:
         family = self.family
-        if not args and family.agrees is not False and _is_one_token(hidden_states):
+        if not args and family.agrees is not False and is_one_token(hidden_states):
             step = self._step(hidden_states, kwargs)
             if step is not None:
                 if family.agrees is None:
@@ -109,13 +95,13 @@ class FusedLayer:
                 cache = value
             elif name == "position_embeddings":
                 angles = value
-            elif value is not None and name not in _SAID_ELSEWHERE:
+            elif value is not None and name not in SAID_ELSEWHERE:
                 return None  # an attention_mask above all: without one, every place that was before is seen
         if cache is None or type(angles) is not tuple or len(angles) != 2:
             return None
         parts = self.parts
         if parts is None or not parts.hold(x):
-            parts = self.parts = _Parts.of(self.layer, x)
+            parts = self.parts = Parts.of(self.layer, x)
             if parts is None:
                 return None
         arguments = self.family.angle_arguments(angles, x, parts.head_size)
@@ -126,14 +112,14 @@ class FusedLayer:
         return {"layer": self.layer, "family": self.family, "parts": None}
 
 
-def _is_one_token(x: Tensor) -> bool:
+def is_one_token(x: Tensor) -> bool:
     """Whether x is a token of each sequence that is computed as it stands: nothing watches, no gradient, no cast."""
     if x.ndim != 3 or x.shape[1] != 1 or not x.is_cpu or x.dtype not in abi.FLOAT_DTYPES or torch.is_grad_enabled():
         return False
     return x.is_contiguous() and abi.runs_eagerly(x) and not torch.is_autocast_enabled("cpu")
 
 
-def _decode(x: Tensor, parts: _Parts, angles: tuple[int, int, int], room: CacheRoom, cache) -> Tensor:
+def _decode(x: Tensor, parts: Parts, angles: tuple[int, int, int], room: CacheRoom, cache) -> Tensor:
     """x [sequences, 1, hidden] -> the layer's output; the cache is one place longer."""
     y, keys = torch.empty_like(x), room.keys
     addresses = (x.data_ptr(), y.data_ptr(), room.filled, *angles, keys.data_ptr(), room.values.data_ptr())
@@ -142,12 +128,12 @@ def _decode(x: Tensor, parts: _Parts, angles: tuple[int, int, int], room: CacheR
     return y
 
 
-class _Parts:
+class Parts:
     """A layer as lowbit_decode_layer takes it: its linears and norms where they are plain, and how to tell that they
     still are. Looking at every module for every token would take longer than the call."""
 
     def __init__(self, layer: nn.Module, x: Tensor):
-        """AttributeError, KeyError: a layer of another make. _NotPlainError: one that a call must not pass over."""
+        """AttributeError, KeyError: a layer of another make. NotPlainError: one that a call must not pass over."""
         attention, mlp = layer._modules["self_attn"], layer._modules["mlp"]
         inner, outer = attention._modules, mlp._modules
         linears = [inner[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
@@ -160,18 +146,16 @@ class _Parts:
         self.others = [module.__dict__ for module in (attention, mlp, activation, *norms)]
         self.config, self.dtype, self.hidden = attention.config, x.dtype, linears[0].in_features
 
-        _require(all(type(m) is lowbit_nn.Linear and m.layout is not None and m.rms_norm is None for m in linears))
-        _require(type(activation).__name__ in ("SiLU", "SiLUActivation"))
-        _require(not torch_module._has_any_global_hook())
+        require(all(type(m) is lowbit_nn.Linear and m.layout is not None and m.rms_norm is None for m in linears))
+        require(type(activation).__name__ in ("SiLU", "SiLUActivation"))
+        require(not torch_module._has_any_global_hook())
         for held in (*self.others, *(linear.__dict__ for linear in linears)):
-            _require(
-                not (held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held or held["training"])
-            )
+            require(not (held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held or held["training"]))
         q, k, v, _, gate, up, _ = (linear.activations for linear in linears)
-        _require(q == k == v and gate == up)
+        require(q == k == v and gate == up)
         self.index, self.scale, self.head_size = attention.layer_idx, float(attention.scaling), attention.head_dim
         self.kv_heads = linears[1].out_features // self.head_size
-        _require(self.head_size % 16 == 0 and linears[1].out_features % self.head_size == 0)
+        require(self.head_size % 16 == 0 and linears[1].out_features % self.head_size == 0)
         self.dtype_number = abi.FLOAT_DTYPES[x.dtype]
 
         # Alive as long as their addresses are in use, whatever becomes of the modules.
@@ -185,22 +169,22 @@ class _Parts:
         self.addresses = [t.data_ptr() for t in self.tensors]
         sizes = [self.hidden] * 2 + [self.head_size] * 2
         for weight, size in zip(norm_weights, sizes, strict=False):
-            _require(weight.dtype == x.dtype and weight.shape == (size,) and weight.is_cpu and weight.is_contiguous())
-        _require(all(b is None or (b.is_cpu and b.is_contiguous() and b.dtype in abi.FLOAT_DTYPES) for b in biases))
+            require(weight.dtype == x.dtype and weight.shape == (size,) and weight.is_cpu and weight.is_contiguous())
+        require(all(b is None or (b.is_cpu and b.is_contiguous() and b.dtype in abi.FLOAT_DTYPES) for b in biases))
         views = [matrix._view for matrix in self.matrices]
-        _require(all(view.device < 0 for view in views) and self.hold(x))
+        require(all(view.device < 0 for view in views) and self.hold(x))
         places = [(0, 0) if b is None else (b.data_ptr(), abi.FLOAT_DTYPES[b.dtype]) for b in biases]
         pairs = [(w.data_ptr(), n.variance_epsilon) for w, n in zip(norm_weights, norms, strict=True)]
         modes = [abi.ACTIVATIONS[linear.activations] for linear in linears]
         self.native = _C.DecoderLayer(views, places, modes, (pairs + [(0, 0.0)] * 2)[:4])
 
     @classmethod
-    def of(cls, layer: nn.Module, x: Tensor) -> _Parts | None:
+    def of(cls, layer: nn.Module, x: Tensor) -> Parts | None:
         """Of a layer as it is now; None if a part is not what the family makes it: a linear of another class (an
         adapter's) or not packed, a hook, a forward of its own, a norm in another dtype."""
         try:
             return cls(layer, x)
-        except (AttributeError, KeyError, _NotPlainError):
+        except (AttributeError, KeyError, NotPlainError):
             return None
 
     def hold(self, x: Tensor) -> bool:
@@ -218,17 +202,17 @@ class _Parts:
         )
 
 
-class _NotPlainError(Exception):
+class NotPlainError(Exception):
     pass
 
 
-def _require(plain: bool) -> None:
+def require(plain: bool) -> None:
     if not plain:
-        raise _NotPlainError
+        raise NotPlainError
 
 
 @torch.no_grad()
-def _agrees(layer: nn.Module, parts: _Parts, like: Tensor) -> bool:
+def _agrees(layer: nn.Module, parts: Parts, like: Tensor) -> bool:
     """Whether a layer gives the same both ways, but for rounding, for a random token behind three others."""
     caches, random = sys.modules["transformers.cache_utils"], torch.Generator().manual_seed(0)
     size, dtype = parts.head_size, like.dtype
@@ -248,7 +232,7 @@ def _agrees(layer: nn.Module, parts: _Parts, like: Tensor) -> bool:
             cache.update(*past, parts.index)
             if fused:
                 room = CacheRoom.of(cache, parts.index, x, parts.kv_heads, size)
-                y = _decode(x, parts, _Family().angle_arguments(angles, x, size), room, cache)
+                y = _decode(x, parts, Family().angle_arguments(angles, x, size), room, cache)
             else:
                 arguments = {"attention_mask": None, "position_ids": torch.tensor([[3]]), "use_cache": True}
                 y = type(layer).forward(layer, x, past_key_values=cache, position_embeddings=angles, **arguments)
