@@ -60,7 +60,7 @@ SUBJECTS = {  # name: (process, mode)
     "lowbit, float activations": ("packed", "float"),
     "lowbit, int8 activations": ("packed", "int8"),
 }
-BY_MODULES = {  # with --modules: decoder layers as Transformers runs them, not in one call each
+BY_MODULES = {  # with --modules: decoder layers as Transformers runs them, not in one call
     f"{name}, by modules": (kind, f"{mode} modules") for name, (kind, mode) in SUBJECTS.items() if kind == "packed"
 }
 

@@ -10,6 +10,7 @@ namespace lowbit {
 namespace {
 
 struct LanesAvx2 {
+  static constexpr int kAccumulators = 4;  // that a loop may hold beside its operands
   struct T {
     __m256 a, b;
   };

@@ -10,6 +10,7 @@ namespace lowbit {
 namespace {
 
 struct LanesAvx512 {
+  static constexpr int kAccumulators = 16;  // that a loop may hold beside its operands
   using T = __m512;
   static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 

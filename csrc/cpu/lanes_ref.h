@@ -11,6 +11,7 @@ namespace lowbit {
 namespace {  // internal linkage: each instruction set's files have their own
 
 struct LanesRef {
+  static constexpr int kAccumulators = 4;  // that a loop may hold beside its operands
   struct T {
     float lane[16];
   };

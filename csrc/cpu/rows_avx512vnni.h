@@ -14,19 +14,12 @@
 #ifndef LOWBIT_CPU_ROWS_AVX512VNNI_H
 #define LOWBIT_CPU_ROWS_AVX512VNNI_H
 
+#include "cpu/lanes_avx512.h"
 #include "cpu/planes_avx512.h"
 #include "cpu/row_codes.h"
 
 namespace lowbit {
 namespace {
-
-// acc[0..15] added as the tree of docs/numerics.md.
-LOWBIT_INLINE float add_slots(__m512 acc) {
-  const __m256 a8 = _mm256_add_ps(_mm512_castps512_ps256(acc), _mm512_extractf32x8_ps(acc, 1));
-  const __m128 a4 = _mm_add_ps(_mm256_castps256_ps128(a8), _mm256_extractf128_ps(a8, 1));
-  const __m128 a2 = _mm_add_ps(a4, _mm_movehl_ps(a4, a4));
-  return _mm_cvtss_f32(_mm_add_ss(a2, _mm_movehdup_ps(a2)));
-}
 
 // One register for each row and token: r[row * kTokens + token].
 template <int kSums>
@@ -163,7 +156,7 @@ LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, 
     }
   }
   for (int r = 0; r < kRows; r++)
-    for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride + r * apart] = add_slots(acc[r * kTokens + t]);
+    for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride + r * apart] = LanesAvx512::sum(acc[r * kTokens + t]);  // the tree of docs/numerics.md
 }
 
 template <int kTokens>

@@ -46,20 +46,62 @@ LOWBIT_INLINE void rotate(const void* x, const void* cos, const void* sin, int64
   }
 }
 
-// `held` rows of keys or values as fp32, and zeros up to kKeys: what is absent then weighs nothing without a branch.
-template <class L, lowbit_dtype D>
-LOWBIT_INLINE void widen_block(const void* rows, int64_t held, int64_t size, float* block) {
-  for (int64_t t = 0; t < held; t++)
-    for (int64_t d = 0; d < size; d += kVector)
-      L::store(block + t * size + d, L::template load_as<D>(rows, t * size + d));
-  for (int64_t d = held * size; d < kKeys * size; d += kVector) L::store(block + d, L::set(0.0f));
+// products[r][t] = the lanes whose sum is q[r] . keys[t], for 16 keys of which `held` are there; the others are the last one.
+// As many accumulators as registers allow, so that a key that was widened meets all queries.
+template <class L, lowbit_dtype D, int Q>
+LOWBIT_INLINE void multiply_keys(const float* q, int64_t size, const void* keys, int64_t held,
+                                 typename L::T (&products)[Q][kKeys]) {
+  using T = typename L::T;
+  constexpr int kTogether = L::kAccumulators > Q ? L::kAccumulators / Q : 1;  // keys
+  for (int first = 0; first < kKeys; first += kTogether) {
+    const void* key[kTogether];
+    T sums[Q][kTogether];
+    for (int i = 0; i < kTogether; i++) {
+      key[i] = element<D>(keys, (first + i < held ? first + i : held - 1) * size);
+      for (int r = 0; r < Q; r++) sums[r][i] = L::set(0.0f);
+    }
+    for (int64_t d = 0; d < size; d += kVector) {
+      T part[kTogether];
+      for (int i = 0; i < kTogether; i++) part[i] = L::template load_as<D>(key[i], d);
+      for (int r = 0; r < Q; r++) {
+        const T query = L::load(q + r * size + d);
+        for (int i = 0; i < kTogether; i++) sums[r][i] = L::fma(query, part[i], sums[r][i]);
+      }
+    }
+    for (int r = 0; r < Q; r++)
+      for (int i = 0; i < kTogether; i++) products[r][first + i] = sums[r][i];
+  }
+}
+
+// y[r] += sum of weights[r][t] * values[t] over the `held` values, columns [begin, end), kVectors vectors of them at a time.
+template <class L, lowbit_dtype D, int Q, int kVectors>
+LOWBIT_INLINE void add_values(const float (&weights)[Q][kKeys], const void* values, int64_t held, int64_t size,
+                              int64_t begin, int64_t end, float* y) {
+  using T = typename L::T;
+  for (int64_t d = begin; d < end; d += kVectors * kVector) {
+    T sums[Q][kVectors];
+    for (int r = 0; r < Q; r++)
+      for (int i = 0; i < kVectors; i++) sums[r][i] = L::load(y + r * size + d + i * kVector);
+    for (int64_t t = 0; t < held; t++) {
+      T part[kVectors];
+      for (int i = 0; i < kVectors; i++) part[i] = L::template load_as<D>(values, t * size + d + i * kVector);
+      for (int r = 0; r < Q; r++) {
+        const T weight = L::set(weights[r][t]);
+        for (int i = 0; i < kVectors; i++) sums[r][i] = L::fma(weight, part[i], sums[r][i]);
+      }
+    }
+    for (int r = 0; r < Q; r++)
+      for (int i = 0; i < kVectors; i++) L::store(y + r * size + d + i * kVector, sums[r][i]);
+  }
 }
 
 // What Q query heads, [Q][size] fp32 and scaled, see of `count` keys and values: y [Q][size] fp32.
 template <class L, lowbit_dtype D, int Q>
 void attend(const float* q, int64_t size, const void* keys, const void* values, int64_t count, float* y) {
   using T = typename L::T;
-  alignas(64) float block[kKeys * kMaxHeadSize], weights[Q][kKeys], places[kVector];
+  constexpr int kVectors = L::kAccumulators / 2 > Q ? L::kAccumulators / 2 / Q : 1;
+  const int64_t whole = size / (kVectors * kVector) * (kVectors * kVector);
+  alignas(64) float weights[Q][kKeys], places[kVector];
   float top[Q], total[Q];
   for (int r = 0; r < Q; r++) {
     top[r] = -INFINITY;
@@ -72,15 +114,10 @@ void attend(const float* q, int64_t size, const void* keys, const void* values, 
   for (int64_t first = 0; first < count; first += kKeys) {
     const int64_t held = count - first < kKeys ? count - first : kKeys;
     const T absent = L::set(float(held));
-    widen_block<L, D>(element<D>(keys, first * size), held, size, block);
+    T products[Q][kKeys];
+    multiply_keys<L, D, Q>(q, size, element<D>(keys, first * size), held, products);
     for (int r = 0; r < Q; r++) {
-      T products[kKeys];
-      for (int t = 0; t < kKeys; t++) products[t] = L::set(0.0f);
-      for (int64_t d = 0; d < size; d += kVector) {
-        const T query = L::load(q + r * size + d);
-        for (int t = 0; t < kKeys; t++) products[t] = L::fma(query, L::load(block + t * size + d), products[t]);
-      }
-      const T scores = L::if_less(place, absent, L::sums(products), L::set(-INFINITY));
+      const T scores = L::if_less(place, absent, L::sums(products[r]), L::set(-INFINITY));
       const float block_top = L::largest(scores), new_top = block_top > top[r] ? block_top : top[r];
       const T shift = L::set(new_top);
       const T weight = L::if_less(place, absent, exponential<L>(L::sub(scores, shift)), L::set(0.0f));
@@ -95,16 +132,9 @@ void attend(const float* q, int64_t size, const void* keys, const void* values, 
       total[r] += L::sum(weight);
       top[r] = new_top;
     }
-    widen_block<L, D>(element<D>(values, first * size), held, size, block);
-    for (int64_t d = 0; d < size; d += kVector) {
-      T sums[Q];
-      for (int r = 0; r < Q; r++) sums[r] = L::load(y + r * size + d);
-      for (int t = 0; t < kKeys; t++) {
-        const T value = L::load(block + t * size + d);
-        for (int r = 0; r < Q; r++) sums[r] = L::fma(L::set(weights[r][t]), value, sums[r]);
-      }
-      for (int r = 0; r < Q; r++) L::store(y + r * size + d, sums[r]);
-    }
+    const void* block = element<D>(values, first * size);
+    add_values<L, D, Q, kVectors>(weights, block, held, size, 0, whole, y);
+    add_values<L, D, Q, 1>(weights, block, held, size, whole, size, y);
   }
   for (int r = 0; r < Q; r++)
     for (int64_t d = 0; d < size; d += kVector)
