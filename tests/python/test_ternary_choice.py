@@ -4,11 +4,19 @@ import pytest
 import torch
 
 import lowbit
+from lowbit import _C
 from lowbit.checkpoint.native import packed_modules
 from lowbit.checkpoint.ternary_choice import choose_ternary
 
 transformers = pytest.importorskip("transformers")
 from tiny_models import build, outputs, token_ids  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def without_avx512():
+    _C.set_isa("avx2" if not _C.isa_missing("avx2") else "ref")
+    yield
+    _C.set_isa("auto")
 
 
 @pytest.mark.parametrize(
@@ -22,6 +30,12 @@ def test_int2_where_it_takes_no_more_lines(chosen, cols):
     for rows in (1, 7, 4096):
         assert {choose_ternary(rows, k) for k in cols} == {chosen}
         assert {choose_ternary(rows, k, "int8") for k in cols} == {"trit"}
+
+
+@pytest.mark.skipif(bool(_C.isa_missing("avx512vnni")), reason="no AVX-512 VNNI")
+def test_trits_where_their_rows_are_as_fast():
+    _C.set_isa("avx512vnni")
+    assert {choose_ternary(rows, k) for rows in (1, 4096) for k in (1, 256, 768, 1024, 4096)} == {"trit"}
 
 
 def saved(folder, architecture="llama", activations="float", **changes):

@@ -2,22 +2,23 @@
 2 bits a weight and fewer operations to decode. `choose_ternary` decides, by what was measured:
 
     rows x cols    bytes    time at 1, 16 and 128 tokens
-    256 x 256       1.00        0.93   0.64   0.62
-    768 x 256       1.00        0.91   0.62   0.61
-    256 x 768       1.00        0.87   0.74   0.74
-    1024 x 1024     1.00        0.82   0.87   0.88
-    2048 x 2048     1.14        0.87   0.86   0.88
-    4096 x 4096     1.23        0.93   1.10   1.02
-    11008 x 4096    1.23        0.95   1.11   1.03
-    4096 x 1280     1.25        0.97   1.05   1.07
+                            AVX2                  AVX-512 VNNI
+    256 x 256       1.00    1.06   0.59   0.55    1.01   0.99   0.97
+    768 x 256       1.00    0.95   0.55   0.54    1.01   0.99   0.97
+    256 x 768       1.00    0.78   0.70   0.72    0.96   1.04   1.02
+    1024 x 1024     1.00    0.70   0.90   0.92    0.89   1.05   1.06
+    2048 x 2048     1.14    0.67   0.92   0.93    0.92   1.07   1.05
+    4096 x 4096     1.23    0.73   1.07   1.04    0.96   1.09   1.06
+    11008 x 4096    1.23    0.74   1.07   1.05    0.96   1.09   1.07
+    4096 x 1280     1.25    0.73   1.14   1.13    1.09   1.09   1.07
 
 int2 / trit: bytes of the codes, and the median over alternating slices of the time of PackedMatrix.matmul; float
-activations, one scale a matrix, one thread, weights in the caches, AMD family 25 model 17 (avx512vnni). `lowbit bench
---format trit --format trit-int2` shows both on a machine and shape of one's own.
+activations, one scale a matrix, one thread, weights in the caches, AMD family 25 model 17. `lowbit bench --format trit
+--format trit-int2` shows both on a machine and shape of one's own.
 
-So int2 is taken where rows are so short that it needs no more lines than trits do: there it is faster for nothing.
-With 23% more bytes it loses at many tokens what it gains at one. At 2048 columns it is faster for 14% more memory,
-which is left to those who ask for it: the bytes are why a model is ternary.
+So int2 is taken by a CPU without AVX-512 VNNI where rows are so short that it needs no more lines than trits do: there
+it is faster for nothing. Where trits have AVX-512's rows they are level. With more bytes int2 is faster at one token
+out of the caches, which is left to those who ask for it: the bytes are why a model is ternary.
 """
 
 import torch
@@ -31,11 +32,12 @@ CHOICES = ("auto", "trit", "int2")
 
 
 def choose_ternary(rows: int, cols: int, activations: str = "float") -> str:
-    """ "trit" or "int2", whichever multiplies faster for a ternary matrix [rows, cols].
+    """ "trit" or "int2", whichever multiplies faster for a ternary matrix [rows, cols] at the allowed level.
 
     activations: with "int8" always "trit": BitNet's step is the token's, int2's that of 128 columns.
     """
-    if activations == "int8":
+    level = _C.selected_kernel("matmul", FORMATS["trit"]).partition("__")[2]
+    if activations == "int8" or level in ("avx512vnni", "amx"):
         return "trit"
     return "int2" if _code_bytes("int2", rows, cols) <= _code_bytes("trit", rows, cols) else "trit"
 
