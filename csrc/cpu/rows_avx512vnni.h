@@ -3,7 +3,7 @@
 // One row of W, or several, against up to 4 tokens, whose digits lie in rows. A block is 16 chunks. Each plane register (64
 // codes) meets 64 digits in vpdpbusd; the registers of 16 chunks become one, lane j = chunk j, by a transposing add of 15
 // merges (two shuffles and an add each), and scales, steps and sums are read as they lie. Bound by the memory for int4
-// and int8 (.86 of a plain read, two digits, two threads of Zen 4 at 60 GB/s), by issue for int2 and int3 there: for int4
+// and int8 (.95 of a plain read, two threads of Zen 4 at 37 GB/s; .86 at 60), by issue for int2 and int3 there: for int4
 // and two digits a line costs 4 vpdpbusd, 6 loads and about 8 other operations, 2.0 ns from L2.
 //
 // Where the digits leave little of the L1 (x->rows_share), every line would wait for them to come from L2. Four rows then

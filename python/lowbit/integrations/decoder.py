@@ -27,7 +27,7 @@ from lowbit import _C, abi
 from lowbit import nn as lowbit_nn
 from lowbit.integrations.cache_room import CacheRoom
 
-SAID_ELSEWHERE = frozenset({"position_ids", "use_cache", "cache_position"})  # by the angles and the cache
+_SAID_ELSEWHERE = frozenset({"position_ids", "use_cache", "cache_position"})  # by the angles and the cache
 # Of what a layer adds, in the trial: several times what the order of sums and the rounding of int8 activations make of
 # bf16 (.005 and .017).
 _TOLERANCE = 0.05
@@ -95,7 +95,7 @@ class FusedLayer:
                 cache = value
             elif name == "position_embeddings":
                 angles = value
-            elif value is not None and name not in SAID_ELSEWHERE:
+            elif value is not None and name not in _SAID_ELSEWHERE:
                 return None  # an attention_mask above all: without one, every place that was before is seen
         if cache is None or type(angles) is not tuple or len(angles) != 2:
             return None
