@@ -68,7 +68,7 @@ struct Matrix : lowbit_matrix {
 };
 
 // A decoder layer: matrices as they were when it was made, addresses of biases and norms. Whoever makes one keeps the memory
-// alive. decode: one token of each sequence, past the `past` places of a cache.
+// alive.
 struct DecoderLayer {
   Matrix matrices[7];
   lowbit_decoder_layer view{};
@@ -91,7 +91,8 @@ struct DecoderLayer {
   DecoderLayer& operator=(const DecoderLayer&) = delete;
 };
 
-// Layers that follow each other, and the norm after the last. Python keeps the layers alive.
+// Layers that follow each other, and the norm after the last. decode: one token of each sequence, past the `past` places of
+// every layer's cache.
 struct DecoderStack {
   std::vector<const lowbit_decoder_layer*> layers;
   std::vector<lowbit_decode_step> steps;  // head sizes and scales
@@ -467,30 +468,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<DecoderLayer>(m, "DecoderLayer")
       .def(py::init<const std::vector<Matrix>&, const std::vector<std::pair<uintptr_t, int>>&, const std::vector<int>&,
                     const std::vector<std::pair<uintptr_t, float>>&>(),
-           py::arg("matrices"), py::arg("biases"), py::arg("activations"), py::arg("norms"))
-      .def(
-          "decode",
-          [](const DecoderLayer& layer, int dtype, int64_t sequences, int64_t head_size, float scale, uintptr_t x,
-             uintptr_t y, int64_t past, uintptr_t cos, uintptr_t sin, int64_t angle_stride, uintptr_t keys,
-             uintptr_t values, int64_t cache_sequence_stride, int64_t cache_head_stride) {
-            lowbit_decode_step step{};
-            step.dtype = lowbit_dtype(dtype);
-            step.sequences = sequences;
-            step.head_size = head_size;
-            step.past = past;
-            step.scale = scale;
-            step.cos = pointer<const void>(cos);
-            step.sin = pointer<const void>(sin);
-            step.angle_stride = angle_stride;
-            step.keys = pointer<void>(keys);
-            step.values = pointer<void>(values);
-            step.cache_sequence_stride = cache_sequence_stride;
-            step.cache_head_stride = cache_head_stride;
-            run([&] { return lowbit_decode_layer(&layer.view, &step, pointer<const void>(x), pointer<void>(y)); });
-          },
-          py::arg("dtype"), py::arg("sequences"), py::arg("head_size"), py::arg("scale"), py::arg("x"), py::arg("y"),
-          py::arg("past"), py::arg("cos"), py::arg("sin"), py::arg("angle_stride"), py::arg("keys"), py::arg("values"),
-          py::arg("cache_sequence_stride"), py::arg("cache_head_stride"));
+           py::arg("matrices"), py::arg("biases"), py::arg("activations"), py::arg("norms"));
 
   py::class_<DecoderStack>(m, "DecoderStack")
       .def(py::init<const std::vector<const DecoderLayer*>&, const std::vector<std::pair<int64_t, float>>&,

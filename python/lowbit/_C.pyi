@@ -228,23 +228,6 @@ class DecoderLayer:
         activations: list[int],
         norms: list[tuple[int, float]],
     ) -> None: ...
-    def decode(
-        self,
-        dtype: int,
-        sequences: int,
-        head_size: int,
-        scale: float,
-        x: int,
-        y: int,
-        past: int,
-        cos: int,
-        sin: int,
-        angle_stride: int,
-        keys: int,
-        values: int,
-        cache_sequence_stride: int,
-        cache_head_stride: int,
-    ) -> None: ...
 
 class DecoderStack:
     def __init__(self, layers: list[DecoderLayer], heads: list[tuple[int, float]], norm: tuple[int, float]) -> None: ...

@@ -548,6 +548,18 @@ class TestStack:
         assert len(calls) == 2 and decoded[-2:] == ["stack"] * 2  # for the prompt, and watched for a token
 
     @torch.no_grad()
+    def test_padding_makes_no_room(self, decoded):
+        """The modules would leave it, and every token copy the cache into another."""
+        model, mask = self.ready(), torch.ones(2, 5, dtype=torch.long)
+        mask[0, :2] = 0
+        cache = model(ids(batch=2), attention_mask=mask, use_cache=True).past_key_values
+        decoded.clear()
+        for _ in range(2):
+            mask = torch.cat((mask, torch.ones(2, 1, dtype=torch.long)), 1)
+            model(ids(1, batch=2), attention_mask=mask, past_key_values=cache)
+        assert not decoded and "_lowbit_room" not in cache.layers[0].__dict__
+
+    @torch.no_grad()
     def test_an_uneven_cache(self, decoded):
         model = self.ready()
         cache = model(ids(), use_cache=True).past_key_values

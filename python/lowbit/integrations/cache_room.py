@@ -23,6 +23,8 @@ class CacheRoom:
         self.kind = (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype)
         self.places = self.filled + max(_LEAST_ROOM, self.filled // 4)
         self.keys, self.values = (_longer(tensor, self.places) for tensor in (keys, values))
+        # As _C.DecoderStack takes it: keys, values, strides between sequences and between heads.
+        self.addresses = (self.keys.data_ptr(), self.values.data_ptr(), *self.keys.stride()[:2])
         self._show(layer)
 
     @classmethod

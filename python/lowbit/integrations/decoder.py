@@ -121,9 +121,9 @@ def is_one_token(x: Tensor) -> bool:
 
 def _decode(x: Tensor, parts: Parts, angles: tuple[int, int, int], room: CacheRoom, cache) -> Tensor:
     """x [sequences, 1, hidden] -> the layer's output; the cache is one place longer."""
-    y, keys = torch.empty_like(x), room.keys
-    addresses = (x.data_ptr(), y.data_ptr(), room.filled, *angles, keys.data_ptr(), room.values.data_ptr())
-    parts.native.decode(parts.dtype_number, x.shape[0], parts.head_size, parts.scale, *addresses, *keys.stride()[:2])
+    y = torch.empty_like(x)
+    addresses = (x.data_ptr(), y.data_ptr(), room.filled, *angles, [room.addresses])
+    parts.alone.decode(parts.dtype_number, x.shape[0], *addresses)
     room.append(cache, parts.index)
     return y
 
@@ -177,6 +177,7 @@ class Parts:
         pairs = [(w.data_ptr(), n.variance_epsilon) for w, n in zip(norm_weights, norms, strict=True)]
         modes = [abi.ACTIVATIONS[linear.activations] for linear in linears]
         self.native = _C.DecoderLayer(views, places, modes, (pairs + [(0, 0.0)] * 2)[:4])
+        self.alone = _C.DecoderStack([self.native], [(self.head_size, self.scale)], (0, 0.0))
 
     @classmethod
     def of(cls, layer: nn.Module, x: Tensor) -> Parts | None:

@@ -102,7 +102,8 @@ class FusedModel:
         uses = kwargs.get("use_cache")
         if not (config.use_cache if uses is None else uses) or getattr(config, "is_causal", None) is not None:
             return None
-        return kwargs.get("past_key_values")
+        caches, cache = sys.modules.get("transformers.cache_utils"), kwargs.get("past_key_values")
+        return cache if caches is not None and type(cache) is caches.DynamicCache else None
 
     def _stack(self) -> _Stack | None:
         stack = self.stack  # another thread may decode as well
@@ -116,19 +117,19 @@ class FusedModel:
         if x is None:
             x = self.model.embed_tokens(kwargs["input_ids"])
             kwargs = kwargs | {"input_ids": None, "inputs_embeds": x}
-        rooms = stack.rooms(cache, x) if is_one_token(x) else None
+        past = cache.get_seq_length()
+        place = _place(kwargs, past, x.shape[0])
+        # Last, for a room that the class's forward would not use is a copy of the cache for nothing.
+        rooms = stack.rooms(cache, past, x) if place is not None and is_one_token(x) else None
         if rooms is not None:
-            past = rooms[0].filled
-            place = _place(kwargs, past, x.shape[0])
-            if place is not None:
-                angles = stack.angles(place, x)
-                if self.agrees:
-                    return stack.decode(x, past, angles, rooms, cache)
-                if self.watching.acquire(blocking=False):  # else another thread does
-                    try:
-                        return self._watch(stack, angles, kwargs)
-                    finally:
-                        self.watching.release()
+            angles = stack.angles(place, x)
+            if self.agrees:
+                return stack.decode(x, past, angles, rooms, cache)
+            if self.watching.acquire(blocking=False):  # else another thread does
+                try:
+                    return self._watch(stack, angles, kwargs)
+                finally:
+                    self.watching.release()
         return self.theirs(self.model, **kwargs)
 
     def _watch(self, stack: _Stack, angles: tuple, kwargs: dict):
@@ -208,7 +209,6 @@ class _Stack:
         last = (weight.data_ptr(), norm.variance_epsilon)
         self.native = _C.DecoderStack([parts.native for parts in self.parts], heads, last)
         self.table: _Angles | None = None
-        self.shared: tuple = ((), [])  # rooms, and what the call takes of them
 
     @classmethod
     def of(cls, model: nn.Module) -> _Stack | None:
@@ -230,21 +230,21 @@ class _Stack:
             and self.config.num_hidden_layers == len(self.parts)
         )
 
-    def rooms(self, cache, x: Tensor) -> list[CacheRoom] | None:
-        """A free place in every layer's cache; None if a layer changed, or the cache is another or uneven."""
+    def rooms(self, cache, past: int, x: Tensor) -> list[CacheRoom] | None:
+        """Place `past` of every layer's cache; None if a layer changed, or the cache is another or uneven."""
         rooms = []
         for fused, parts in zip(self.fused, self.parts, strict=True):
             if fused.layer.__dict__.get("forward") is not fused or fused.parts is not parts or not parts.hold(x):
                 self.version = None
                 return None
             room = CacheRoom.of(cache, parts.index, x, parts.kv_heads, parts.head_size)
-            if room is None or (rooms and room.filled != rooms[0].filled):
+            if room is None or room.filled != past:
                 return None
             rooms.append(room)
         return rooms
 
     def angles(self, place: int, x: Tensor) -> tuple:
-        """(address of cos, of sin, what keeps them alive) for a place."""
+        """(address of cos, of sin, (row, cos, sin) that they are of) for a place."""
         table = self.table
         if table is None or not table.hold(self.rotary, place, x):
             table = self.table = _Angles(self.rotary, place, x)
@@ -252,10 +252,7 @@ class _Stack:
 
     def decode(self, x: Tensor, past: int, angles: tuple, rooms: list[CacheRoom], cache):
         """The token: x [sequences, 1, hidden] -> BaseModelOutputWithPast; the cache is one place longer."""
-        before, caches = self.shared
-        if len(before) != len(rooms) or any(a is not b for a, b in zip(before, rooms, strict=True)):
-            caches = [(r.keys.data_ptr(), r.values.data_ptr(), *r.keys.stride()[:2]) for r in rooms]
-            self.shared = (rooms, caches)
+        caches = [room.addresses for room in rooms]
         y = torch.empty_like(x)
         cos, sin, _alive = angles
         self.native.decode(self.dtype_number, x.shape[0], x.data_ptr(), y.data_ptr(), past, cos, sin, 0, caches)
@@ -297,19 +294,19 @@ class _Angles:
         count = _PLACES if _is_static(rotary) else 1
         places = torch.arange(place, place + count).unsqueeze(0)
         self.cos, self.sin = (tensor.contiguous() for tensor in rotary(x[:1], position_ids=places))
-        self.begin, self.end = place, place + count if count > 1 else place
-        self.first, self.width = place, self.cos.shape[-1] * self.cos.element_size()
+        self.first, self.end = place, place + count if count > 1 else place
+        self.width = self.cos.shape[-1] * self.cos.element_size()
         self.of = (x.dtype, _made_from(rotary), RemovableHandle.next_id)
 
     def hold(self, rotary: nn.Module, place: int, x: Tensor) -> bool:
-        if not self.begin <= place < self.end:
+        if not self.first <= place < self.end:
             return False
         return self.of == (x.dtype, _made_from(rotary), RemovableHandle.next_id) and "forward" not in rotary.__dict__
 
     def at(self, place: int) -> tuple:
-        offset = place - self.first
-        at = offset * self.width
-        return self.cos.data_ptr() + at, self.sin.data_ptr() + at, (offset, self.cos, self.sin)
+        row = place - self.first
+        at = row * self.width
+        return self.cos.data_ptr() + at, self.sin.data_ptr() + at, (row, self.cos, self.sin)
 
 
 def _is_static(rotary: nn.Module) -> bool:
