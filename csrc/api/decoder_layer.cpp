@@ -8,9 +8,12 @@
 namespace lowbit {
 namespace {
 
-// Sizes of a layer after the checks that no single verb makes: each of its parts fits the next.
+// Sizes of a layer, read from the first matrix of each.
 struct Widths {
   int64_t hidden, q, kv, inner;
+
+  explicit Widths(const lowbit_decoder_layer& layer)
+      : hidden(layer.q.w->cols), q(layer.q.w->rows), kv(layer.k.w->rows), inner(layer.gate.w->rows) {}
 };
 
 lowbit_status check_linear(const char* name, const lowbit_linear& linear, int64_t rows, int64_t cols) {
@@ -22,28 +25,28 @@ lowbit_status check_linear(const char* name, const lowbit_linear& linear, int64_
   return LOWBIT_OK;
 }
 
-lowbit_status check_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step, Widths* widths) {
+// What no single verb checks: each part fits the next.
+lowbit_status check_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step) {
   if (!layer || !step) return fail(LOWBIT_INVALID_ARGUMENT, "layer and step: expected pointers, got NULL");
   if (!is_float(step->dtype))
     return fail(LOWBIT_INVALID_ARGUMENT, "dtype: expected f32, f16 or bf16, got %d", int(step->dtype));
-  lowbit_matrix q, k, gate;
-  LOWBIT_TRY(check_layout(layer->q.w, &q));
-  LOWBIT_TRY(check_layout(layer->k.w, &k));
-  LOWBIT_TRY(check_layout(layer->gate.w, &gate));
-  *widths = {q.cols, q.rows, k.rows, gate.rows};
+  const lowbit_linear* const firsts[] = {&layer->q, &layer->k, &layer->gate};
+  lowbit_matrix unused;
+  for (const lowbit_linear* linear : firsts) LOWBIT_TRY(check_layout(linear->w, &unused));
+  const Widths n(*layer);
   const int64_t size = step->head_size;
-  if (size < 1 || q.rows % size || k.rows % size)
+  if (size < 1 || n.q % size || n.kv % size)
     return fail(LOWBIT_INVALID_ARGUMENT,
-                "head_size: expected a divisor of the rows of q (%" PRId64 ") and k (%" PRId64 "), got %" PRId64,
-                q.rows, k.rows, size);
-  LOWBIT_TRY(check_linear("k", layer->k, widths->kv, widths->hidden));
-  LOWBIT_TRY(check_linear("v", layer->v, widths->kv, widths->hidden));
-  LOWBIT_TRY(check_linear("o", layer->o, widths->hidden, widths->q));
-  LOWBIT_TRY(check_linear("gate", layer->gate, widths->inner, widths->hidden));
-  LOWBIT_TRY(check_linear("up", layer->up, widths->inner, widths->hidden));
-  LOWBIT_TRY(check_linear("down", layer->down, widths->hidden, widths->inner));
-  const int64_t widest = widths->inner > widths->q ? widths->inner : widths->q;
-  if (step->sequences < 0 || step->sequences > kMaxElements / (widest > widths->hidden ? widest : widths->hidden))
+                "head_size: expected a divisor of the rows of q (%" PRId64 ") and k (%" PRId64 "), got %" PRId64, n.q,
+                n.kv, size);
+  LOWBIT_TRY(check_linear("k", layer->k, n.kv, n.hidden));
+  LOWBIT_TRY(check_linear("v", layer->v, n.kv, n.hidden));
+  LOWBIT_TRY(check_linear("o", layer->o, n.hidden, n.q));
+  LOWBIT_TRY(check_linear("gate", layer->gate, n.inner, n.hidden));
+  LOWBIT_TRY(check_linear("up", layer->up, n.inner, n.hidden));
+  LOWBIT_TRY(check_linear("down", layer->down, n.hidden, n.inner));
+  const int64_t widest = n.inner > n.q ? n.inner : n.q;
+  if (step->sequences < 0 || step->sequences > kMaxElements / (widest > n.hidden ? widest : n.hidden))
     return fail(LOWBIT_INVALID_ARGUMENT, "sequences: expected 0 or more, below 2^46 elements, got %" PRId64,
                 step->sequences);
   return LOWBIT_OK;
@@ -54,8 +57,8 @@ lowbit_product product(const lowbit_linear& linear, void* y) {
 }
 
 // One layer after its checks.
-lowbit_status run_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step, const Widths& n,
-                        const void* x, void* y) {
+lowbit_status run_layer(const lowbit_decoder_layer* layer, const lowbit_decode_step* step, const void* x, void* y) {
+  const Widths n(*layer);
   const int64_t tokens = step->sequences, element = dtype_bytes(step->dtype);
 
   // The scratch: each part a row a token, at multiples of 64 bytes.
@@ -128,25 +131,21 @@ lowbit_status lowbit_decode_layers(const lowbit_decoder_layer* const* layers, co
   if (!layers || !steps || count < 1)
     return fail(LOWBIT_INVALID_ARGUMENT, "layers and steps: expected at least one, got %d at %p and %p", count,
                 static_cast<const void*>(layers), static_cast<const void*>(steps));
-  Widths first{}, widths{};
   for (int i = 0; i < count; i++) {
-    LOWBIT_TRY(check_layer(layers[i], &steps[i], &widths));
-    if (i == 0) first = widths;
-    if (widths.hidden != first.hidden || steps[i].dtype != steps->dtype || steps[i].sequences != steps->sequences)
+    LOWBIT_TRY(check_layer(layers[i], &steps[i]));
+    if (layers[i]->q.w->cols != layers[0]->q.w->cols || steps[i].dtype != steps->dtype ||
+        steps[i].sequences != steps->sequences)
       return fail(LOWBIT_INVALID_ARGUMENT,
                   "layers[%d]: expected %" PRId64 " columns, dtype %d and %" PRId64
                   " sequences as the first has, got %" PRId64 ", %d and %" PRId64,
-                  i, first.hidden, int(steps->dtype), steps->sequences, widths.hidden, int(steps[i].dtype),
-                  steps[i].sequences);
+                  i, layers[0]->q.w->cols, int(steps->dtype), steps->sequences, layers[i]->q.w->cols,
+                  int(steps[i].dtype), steps[i].sequences);
   }
   if (steps->sequences == 0) return LOWBIT_OK;
   if (!x || !y) return fail(LOWBIT_INVALID_ARGUMENT, "x and y: expected pointers, got NULL");
-  for (int i = 0; i < count; i++) {
-    LOWBIT_TRY(check_layer(layers[i], &steps[i], &widths));
-    LOWBIT_TRY(run_layer(layers[i], &steps[i], widths, i ? y : x, y));
-  }
+  for (int i = 0; i < count; i++) LOWBIT_TRY(run_layer(layers[i], &steps[i], i ? y : x, y));
   if (!last || !last->weight) return LOWBIT_OK;
-  const int64_t hidden = first.hidden;
+  const int64_t hidden = layers[0]->q.w->cols;
   return lowbit_rms_norm(y, hidden, nullptr, hidden, last->weight, last->eps, steps->dtype, steps->sequences, hidden,
                          nullptr, hidden, y, hidden);
 }

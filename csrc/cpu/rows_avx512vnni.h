@@ -155,8 +155,8 @@ LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, 
       }
     }
   }
-  for (int r = 0; r < kRows; r++)
-    for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride + r * apart] = LanesAvx512::sum(acc[r * kTokens + t]);  // the tree of docs/numerics.md
+  for (int r = 0; r < kRows; r++)  // the tree of docs/numerics.md
+    for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride + r * apart] = LanesAvx512::sum(acc[r * kTokens + t]);
 }
 
 template <int kTokens>

@@ -18,7 +18,7 @@ constexpr int kRowsTogether = 16;
 
 // to[r][t] = the 16 partial sums of `lines` lines of row r, which begins at `line + r * apart`, and the token whose digits
 // there are high[t] and low[t]. kStream: the hint of the prefetch, known outside so that the loop has no branch.
-template <bool kTwoDigits, int kRows, int kTokens, bool kStream>
+template <bool kTwoDigits, bool kStream, int kRows, int kTokens>
 LOWBIT_INLINE void row_sums(const TritDecoder& trits, const uint8_t* line, int64_t apart, int64_t lines,
                             const int8_t* const* high, const int8_t* const* low, int64_t ahead,
                             __m512i (&to)[kRows][kTokens]) {
@@ -94,11 +94,9 @@ LOWBIT_INLINE void rows_by_tokens(const TritDecoder& trits, const lowbit_matrix*
     auto multiply = [&](int64_t r, auto& together) {
       const uint8_t* line = first + r * row_bytes;
       if (ahead.stream)
-        row_sums<kTwoDigits, sizeof together / sizeof together[0], kTokens, true>(
-            trits, line, apart * row_bytes, end - begin, high, low, ahead.bytes, together);
+        row_sums<kTwoDigits, true>(trits, line, apart * row_bytes, end - begin, high, low, ahead.bytes, together);
       else
-        row_sums<kTwoDigits, sizeof together / sizeof together[0], kTokens, false>(
-            trits, line, apart * row_bytes, end - begin, high, low, ahead.bytes, together);
+        row_sums<kTwoDigits, false>(trits, line, apart * row_bytes, end - begin, high, low, ahead.bytes, together);
     };
     for (int64_t r = 0; r < apart; r++) {
       __m512i together[kRows][kTokens];
