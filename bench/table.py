@@ -269,6 +269,21 @@ def instructions(contents: dict) -> str:
     return grid(["instructions a line (where no codes are read: 64 values)", *levels], lines)
 
 
+def blocking(contents: dict) -> str:
+    """A line for each format and threshold: the best measured and lowbit's own, and how much longer each takes than the
+    better way of every point."""
+    header = ["threshold", "format", "best", "longer by", "lowbit's own", "longer by"]
+    units = {"tiles": ("as tiles of 16 from … tokens", 1), "own digits": ("rows read digits alone up to … bytes", 0)}
+    lines = []
+    for row in contents["rows"]:
+        name, first = units[row["threshold"]]
+        line = [name, row["format"]]
+        for which in ("best", "own"):
+            line += [f"{row[which] + first:,}", f"{row[which + '_excess']:.1%}"]
+        lines.append(line)
+    return grid(header, lines)
+
+
 TABLES = {
     "matmul": matmul,
     "gather": gather,
@@ -280,6 +295,7 @@ TABLES = {
     "ternary_model": ternary_model,
     "ternary_quality": ternary_quality,
     "instructions": instructions,
+    "blocking": blocking,
 }
 
 

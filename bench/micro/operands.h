@@ -13,6 +13,7 @@
 
 #include "cpu/float_types.h"
 #include "cpu/kernel.h"
+#include "dispatch/blocking.h"
 #include "dispatch/features.h"
 #include "dispatch/select.h"
 
@@ -132,7 +133,7 @@ class Activated {
       : source_(random_floats(tokens * cols)) {
     const bool trit = bits == lowbit::kTrit;
     const int64_t padding = trit ? 640 : 512;
-    view_.layout = lowbit::select_layout(bits, tokens, isa);
+    view_.layout = lowbit::layout_of(bits, tokens, isa);
     view_.tokens = tokens;
     view_.cols = cols;
     view_.cols_padded = lowbit::ceil_div(cols, padding) * padding;
@@ -141,7 +142,7 @@ class Activated {
     view_.chunks_padded = lowbit::ceil_div(view_.chunks, lowbit::kSlots) * lowbit::kSlots;
     view_.token_step = trit && int8_mode;
     view_.rows_share =
-        (int8_mode ? 1 : 2) * tokens * view_.cols_padded > lowbit::most_digit_bytes(bits, tokens, lowbit::l1_bytes());
+        (int8_mode ? 1 : 2) * tokens * view_.cols_padded > lowbit::own_digit_bytes(bits, tokens, lowbit::l1_bytes());
     const bool tiles = view_.layout == lowbit::Activations::kTiles;
     const int64_t places = tiles ? lowbit::ceil_div(tokens, lowbit::kLanes) * lowbit::kLanes : tokens;
     const int64_t digits = lowbit::ceil_div(places * view_.cols_padded, 64) * 64;

@@ -8,6 +8,7 @@
 
 #include "api/validate.h"
 #include "cpu/float_types.h"
+#include "dispatch/blocking.h"
 #include "dispatch/features.h"
 #include "dispatch/parallel.h"
 #include "dispatch/select.h"
@@ -32,6 +33,7 @@ struct Product {
   char* y;
   int64_t y_stride;
   MatmulKernel kernel;
+  BlockingChoice blocking;
   int prepared;  // the activations that it reads
 };
 
@@ -45,6 +47,7 @@ struct Prepared {
   Activations x;
   const int32_t* perm;
   int format;  // decides on padding, steps and layout
+  BlockingChoice blocking;
 
   bool serves(const Prepared& other) const {
     return perm == other.perm && format == other.format && x.chunk == other.x.chunk;
@@ -72,6 +75,7 @@ struct Scratch {
       Activations& x = wanted.x;
       wanted.perm = w.perm;
       wanted.format = w.format;
+      wanted.blocking = product.blocking;
       x.cols = w.cols;
       x.cols_padded = ceil_div(w.cols, padding(w.format)) * padding(w.format);
       x.chunk = chunk_size(w.format, w.cols, w.group_size);
@@ -83,7 +87,7 @@ struct Scratch {
       while (product.prepared < count && !prepared[product.prepared].serves(wanted)) product.prepared++;
       if (product.prepared < count) continue;
       // Whole tiles wherever a level of instructions takes them: the size is the same for all.
-      const int64_t places = batch >= kLeastTileTokens ? ceil_div(batch, kLanes) * kLanes : batch;
+      const int64_t places = may_be_tiles(batch, wanted.blocking) ? ceil_div(batch, kLanes) * kLanes : batch;
       x.low = reinterpret_cast<int8_t*>(take(places * x.cols_padded));
       x.high = mode == LOWBIT_ACT_FLOAT ? reinterpret_cast<int8_t*>(take(places * x.cols_padded)) : nullptr;
       x.step = reinterpret_cast<float*>(take(places * x.chunks_padded * 4));
@@ -126,6 +130,7 @@ lowbit_status check_product(const lowbit_product& given, int64_t tokens, int64_t
   product->bias_dtype = given.bias_dtype;
   product->y = static_cast<char*>(given.y);
   product->y_stride = given.y_stride;
+  LOWBIT_TRY(chosen_blocking(w.format, &product->blocking));
   return select<Verb::matmul>(w.format, &product->kernel);
 }
 
@@ -179,9 +184,9 @@ void multiply(Group& group, Scratch& scratch, const void* x, lowbit_dtype dtype,
     for (int p = 0; p < scratch.count; p++) {
       Prepared& prepared = scratch.prepared[p];
       prepared.x.tokens = batch;
-      prepared.x.layout = select_layout(prepared.format, batch, isa);
+      prepared.x.layout = layout_of(prepared.format, batch, isa, prepared.blocking);
       const int64_t digit_bytes = (prepared.x.high ? 2 : 1) * batch * prepared.x.cols_padded;
-      prepared.x.rows_share = digit_bytes > most_digit_bytes(prepared.format, batch, l1_bytes());
+      prepared.x.rows_share = digit_bytes > own_digit_bytes(prepared.format, batch, l1_bytes(), prepared.blocking);
       const int64_t grain = prepared.x.layout == Activations::kTiles ? kLanes : 1;
       parallel_for(batch, grain, batch * prepared.x.cols < (1 << 15), [&](int64_t begin, int64_t end) {
         quantize(from, dtype, x_stride, prepared.perm, begin, end, &prepared.x);
@@ -209,8 +214,12 @@ size_t lowbit_matmul_group_workspace(const lowbit_product* products, int count, 
                                      lowbit_activations activations) {
   Group group;
   if (count < 1 || count > kMaxProducts || !products || tokens < 1) return 0;
-  for (; group.count < count; group.count++)
-    if (check_matrix(products[group.count].w, &group.products[group.count].w) != LOWBIT_OK) return 0;
+  for (; group.count < count; group.count++) {
+    Product& product = group.products[group.count];
+    if (check_matrix(products[group.count].w, &product.w) != LOWBIT_OK ||
+        chosen_blocking(product.w.format, &product.blocking) != LOWBIT_OK)
+      return 0;
+  }
   return size_t(Scratch(&group, tokens, activations, nullptr).bytes);
 }
 
@@ -220,25 +229,27 @@ size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_ac
 }
 
 lowbit_status lowbit_matmul_batching(lowbit_format format, int64_t* batch, int64_t* tiles_from) {
-  if (!is_format(format))
-    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", int(format));
+  LOWBIT_TRY(check_format(format));
   if (!batch || !tiles_from) return fail(LOWBIT_INVALID_ARGUMENT, "batch and tiles_from: expected pointers, got NULL");
   Isa isa;
+  BlockingChoice choice;
   LOWBIT_TRY(allowed_isa(&isa));
+  LOWBIT_TRY(chosen_blocking(format, &choice));
   *batch = kTokenBatch;
-  *tiles_from = tile_tokens(format, isa);
+  *tiles_from = tile_tokens(format, isa, choice);
   return LOWBIT_OK;
 }
 
 lowbit_status lowbit_matmul_sharing(lowbit_format format, int64_t tokens, lowbit_activations activations,
                                     int64_t* columns) {
-  if (!is_format(format))
-    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", int(format));
+  LOWBIT_TRY(check_format(format));
   if (tokens < 1) return fail(LOWBIT_INVALID_ARGUMENT, "tokens: expected at least 1, got %" PRId64, tokens);
   if (!columns) return fail(LOWBIT_INVALID_ARGUMENT, "columns: expected a pointer, got NULL");
   LOWBIT_TRY(check_activations(activations));
+  BlockingChoice choice;
+  LOWBIT_TRY(chosen_blocking(format, &choice));
   const int64_t digits = activations == LOWBIT_ACT_FLOAT ? 2 : 1;
-  *columns = most_digit_bytes(format, tokens, l1_bytes()) / digits / tokens / padding(format) * padding(format);
+  *columns = own_digit_bytes(format, tokens, l1_bytes(), choice) / digits / tokens / padding(format) * padding(format);
   return LOWBIT_OK;
 }
 

@@ -16,9 +16,13 @@
 
 namespace lowbit {
 
+lowbit_status check_format(int format) {
+  if (is_format(format)) return LOWBIT_OK;
+  return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", format);
+}
+
 lowbit_status check_shape(int format, int64_t rows, int64_t cols) {
-  if (!is_format(format))
-    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", format);
+  LOWBIT_TRY(check_format(format));
   if (rows < 1 || cols < 1)
     return fail(LOWBIT_INVALID_ARGUMENT, "shape: expected at least 1x1, got %" PRId64 "x%" PRId64, rows, cols);
   if (cols > INT32_MAX) return fail(LOWBIT_INVALID_ARGUMENT, "cols: expected at most 2^31 - 1, got %" PRId64, cols);

@@ -16,6 +16,7 @@ inline int64_t dtype_bytes(lowbit_dtype dtype) {
 // Sizes up to 2^46 elements: every product of them with a small constant stays far from int64's end.
 constexpr int64_t kMaxElements = int64_t(1) << 46;
 
+lowbit_status check_format(int format);
 lowbit_status check_shape(int format, int64_t rows, int64_t cols);
 lowbit_status check_group_size(int64_t cols, int64_t group_size);  // after normalising
 lowbit_status check_perm(const int32_t* perm, int64_t cols);       // every entry in [0, cols)

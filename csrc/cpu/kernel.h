@@ -28,7 +28,7 @@ struct Activations {
   int64_t chunk;                      // codes a chunk: 16, 32, 64 or 128, or kTritChunk
   int64_t chunks;                     // ceil(cols / chunk)
   int64_t chunks_padded;              // a multiple of 16; step and sum are zero beyond chunks
-  bool rows_share;                    // rows: their digits leave little of the L1 (dispatch/select.h)
+  bool rows_share;                    // rows: their digits leave little of the L1 (dispatch/blocking.h)
   bool token_step;                    // int8 mode as BitNet defines it: one step a token, of at least 1e-5 / 127
   int8_t* high;                       // NULL in int8 mode
   int8_t* low;

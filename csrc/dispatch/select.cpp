@@ -72,28 +72,6 @@ template lowbit_status select<Verb::rms_norm>(int, RmsNormKernel*);
 template lowbit_status select<Verb::silu_mul>(int, SiluMulKernel*);
 template lowbit_status select<Verb::decode_attention>(int, DecodeAttentionKernel*);
 
-// Below so many tokens the idle lanes of a tile cost more than row kernels do. Measured for avx512vnni (Zen 4, matrices
-// from DRAM: int8 is level at 6 to 8 tokens, int4 at 9 to 11, int2 at 10 to 12, int3 at 8 to 10) and avx2 (11 to 13).
-// AMX's 6 is an estimate from the instructions: a tile's products, sums and decoding take the time of about 3 tokens of
-// the row kernel out of the caches, and as long as rows come from memory it is bound by that up to about 6.
-int64_t tile_tokens(int format, Isa isa) {
-  if (isa == Isa::amx) return 6;
-  if (isa != Isa::avx512vnni) return 12;
-  return format == LOWBIT_INT8 ? 7 : format == LOWBIT_INT2 ? 11 : 9;
-}
-
-Activations::Layout select_layout(int format, int64_t tokens, Isa isa) {
-  return tokens >= tile_tokens(format, isa) ? Activations::kTiles : Activations::kRows;
-}
-
-// Measured on Zen 4 (32 KB), codes from DRAM: of one token 12 KB are level and 14 and 16 KB gain 5 to 20%; of 2 to 4 tokens
-// 16 KB gain or lose 10% with the format, and 32 KB gain 15 to 50%. Trits, most of whose time is decoding: 22 KB are level,
-// 28 KB gain up to 15%, 44 KB 35 to 45%.
-int64_t most_digit_bytes(int format, int64_t tokens, int64_t l1_bytes) {
-  const int64_t eighths = format == LOWBIT_TRIT ? 6 : tokens == 1 ? 3 : 4;
-  return l1_bytes * eighths / 8;
-}
-
 }  // namespace lowbit
 
 extern "C" {

@@ -53,13 +53,4 @@ struct KernelOf<Verb::decode_attention> {
 template <Verb V>
 lowbit_status select(int bits, typename KernelOf<V>::Type* kernel);
 
-// The number of tokens from which the activations of a product lie as tiles of 16 tokens, and the layout that follows.
-int64_t tile_tokens(int format, Isa isa);
-Activations::Layout select_layout(int format, int64_t tokens, Isa isa);
-constexpr int64_t kLeastTileTokens = 6;  // tile_tokens of any format and level
-
-// Digits of all tokens, in the rows layout, that leave enough of a first-level cache of so many bytes: beyond them several
-// rows of the matrix should read them together.
-int64_t most_digit_bytes(int format, int64_t tokens, int64_t l1_bytes);
-
 }  // namespace lowbit

@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "torch_kernels.h"
+
 namespace py = pybind11;
 using py::literals::operator""_a;
 
@@ -529,6 +531,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return columns;
       },
       py::arg("format"), py::arg("tokens"), py::arg("activations"));
+  m.def(
+      "set_matmul_blocking",
+      [](int format, int64_t tiles_from, int64_t own_digit_bytes) {
+        raise(lowbit_set_matmul_blocking(lowbit_format(format), tiles_from, own_digit_bytes));
+      },
+      py::arg("format"), py::arg("tiles_from"), py::arg("own_digit_bytes"));
   m.def("kernels", [] {
     std::vector<std::pair<std::string, bool>> rows;
     int runnable = 0;
@@ -561,4 +569,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return lowbit_multiply_rate(kind.c_str(), threads);
       },
       py::arg("kind"), py::arg("threads"));
+
+  bind_torch_kernels(m);
 }

@@ -20,8 +20,7 @@ constexpr int64_t kMaxDimension = int64_t(1) << 31;
 
 lowbit_status normalise(const lowbit_gptq_options& options, int64_t rows, int64_t cols, Problem* problem) {
   const int bits = options.format;
-  if (!is_format(bits))
-    return fail(LOWBIT_INVALID_ARGUMENT, "format: expected int2, int3, int4, int8 or trit, got %d", bits);
+  LOWBIT_TRY(check_format(bits));
   if (bits == kTrit && !options.symmetric)
     return fail(LOWBIT_INVALID_ARGUMENT, "symmetric: expected 1 for trit, got 0");
   if (rows < 1 || rows >= kMaxDimension)

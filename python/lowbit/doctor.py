@@ -24,6 +24,7 @@ _ISA_NAMES = {
     "avxvnni": "AVX-VNNI",
     "amx-int8": "AMX",
 }
+_BLOCKING = ("LOWBIT_TILES_FROM", "LOWBIT_OWN_DIGIT_BYTES")
 _BESIDE_AVX512 = ("AVX2", "AVX-VNNI")  # go without saying
 
 
@@ -74,9 +75,11 @@ def _native() -> dict[str, Any]:
         import torch  # noqa: F401  before _C: its OpenMP runtime is the one to share
 
         from lowbit import _C
+        from lowbit.abi import FORMATS
 
         if _C.isa() == "invalid":
             _C.set_isa(os.environ["LOWBIT_ISA"])  # raises what every verb would
+        _C.matmul_batching(FORMATS["int4"])  # and what every product would
         features = _C.cpu_features()
         return {
             "library": _C.__file__,
@@ -108,6 +111,7 @@ def kernel_choices() -> dict[str, Any]:
     "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", by format the number
     from which activations lie as tiles of 16 tokens; below it as rows. "own_digits": by mode and format, the columns up
     to which rows of a product with one token read its digits alone (AVX-512; the first-level cache allows no more).
+    "forced": the environment's variables that chose either.
     """
     import torch  # noqa: F401  before _C, see above
 
@@ -135,6 +139,7 @@ def kernel_choices() -> dict[str, Any]:
         mode: {name: _C.matmul_sharing(bits, 1, number) for name, bits in FORMATS.items()}
         for mode, number in ACTIVATIONS.items()
     }
+    tokens["forced"] = {name: os.environ[name] for name in _BLOCKING if os.environ.get(name)}
     return {"kernels": choices, "matmul_tokens": tokens}
 
 

@@ -3,38 +3,72 @@
 Registered with torch.library from Python: shapes for the compiler (fakes), gradients for LoRA, and calls into the C API
 over data pointers. Nothing is linked against torch, so no torch release can break it. One implementation serves CPU and
 CUDA tensors: abi.py goes where the matrix is.
+
+Where torch has the stable C ABI of 2.10 the plain case of matmul and gather on the CPU needs no Python: a kernel of _C
+(csrc/python/torch_kernels.cpp) takes it, and passes everything else and every error on to the operators in Python
+under the names _matmul and _gather. LOWBIT_TORCH_KERNELS=python in the environment leaves all to Python.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 
-from lowbit import abi
+from lowbit import _C, abi
 
 _MATRIX = "Tensor codes, Tensor scales, Tensor? zeros, Tensor? perm"
 _LAYOUT = "str format, int cols, int group_size"
 
 library = torch.library.Library("lowbit", "DEF")
-library.define(f"matmul(Tensor x, {_MATRIX}, Tensor? bias, {_LAYOUT}, str activations) -> Tensor")
-library.define(
-    f"gather(Tensor ids, {_MATRIX}, {_LAYOUT}, ScalarType dtype, str policy, int? padding_id=None) -> Tensor"
-)
+for _name in ("matmul", "_matmul"):
+    library.define(f"{_name}(Tensor x, {_MATRIX}, Tensor? bias, {_LAYOUT}, str activations) -> Tensor")
+for _name in ("gather", "_gather"):
+    library.define(
+        f"{_name}(Tensor ids, {_MATRIX}, {_LAYOUT}, ScalarType dtype, str policy, int? padding_id=None) -> Tensor"
+    )
 library.define(
     f"gather_bags(Tensor ids, Tensor offsets, {_MATRIX}, {_LAYOUT}, ScalarType dtype, str mode, str policy, "
     "int? padding_id=None, Tensor? weights=None) -> Tensor"
 )
 library.define(f"unpack({_MATRIX}, {_LAYOUT}, ScalarType dtype) -> Tensor")
 
+_NATIVE = os.environ.get("LOWBIT_TORCH_KERNELS") != "python" and _C.register_torch_kernels(
+    str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+)
+
 
 def _implements(name: str):
     def register(function):
-        for key in ("CPU", "CUDA"):
-            library.impl(name, function, key)
+        library.impl(name, function, "CUDA")
+        if not _NATIVE or name not in ("matmul", "gather"):
+            library.impl(name, function, "CPU")
         return function
 
     return register
 
 
+def _takes_over(name: str):
+    """Makes the operator in Python that the kernel of _C passes calls on to. An error is kept for the kernel to raise,
+    because torch's C functions would make another one of it."""
+
+    def register(function):
+        def call(*arguments):
+            try:
+                return function(*arguments)
+            except BaseException as error:
+                _C.keep_error(error)
+                return torch.empty(0)
+
+        library.impl(f"_{name}", call, "CPU")
+        library.impl(f"_{name}", torch.library.fallthrough_kernel, "Autograd")
+        return function
+
+    return register
+
+
+@_takes_over("matmul")
 @_implements("matmul")
 def _matmul(x, codes, scales, zeros, perm, bias, format, cols, group_size, activations):
     view = abi.known_view(codes, scales, zeros, perm, format, cols, group_size)
@@ -47,6 +81,7 @@ def _matmul_fake(x, codes, scales, zeros, perm, bias, format, cols, group_size, 
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+@_takes_over("gather")
 @_implements("gather")
 def _gather(ids, codes, scales, zeros, perm, format, cols, group_size, dtype, policy, padding_id=None):
     view = abi.known_view(codes, scales, zeros, perm, format, cols, group_size)

@@ -221,6 +221,9 @@ int main() {
   REFUSED(lowbit_matmul_sharing(LOWBIT_INT4, 1, LOWBIT_ACT_FLOAT, nullptr), bad, "columns");
   CHECK(lowbit_matmul_batching(LOWBIT_INT4, &batch, &tiles_from) == LOWBIT_OK && 1 < tiles_from && tiles_from < batch,
         "batches of %ld, tiles from %ld", long(batch), long(tiles_from));
+  REFUSED(lowbit_set_matmul_blocking(lowbit_format(5), 4, 4), bad, "format");
+  REFUSED(lowbit_set_matmul_blocking(LOWBIT_INT4, 0, 4), bad, "tiles_from");
+  REFUSED(lowbit_set_matmul_blocking(LOWBIT_INT4, 4, -2), bad, "own_digit_bytes");
   REFUSED(lowbit_set_threads(-1), bad, "threads");
 
   // One thread and several: the same bits, for a matrix large enough to be split.

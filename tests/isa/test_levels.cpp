@@ -9,6 +9,7 @@
 #include "software_tiles.h"
 
 #include "cpu/amx_tiles.h"
+#include "dispatch/blocking.h"
 
 namespace {
 
@@ -52,6 +53,31 @@ void test_choice() {
       CHECK(lowbit_matmul_batching(lowbit_format(bits), &batch, &tiles_from) == LOWBIT_OK, "%s", lowbit_last_error());
       CHECK(batch == 256 && tiles_from == expected, "%s of %d bits: tiles from %ld", level.isa, bits, long(tiles_from));
     }
+  }
+}
+
+void choose(int bits, const lowbit::BlockingChoice& choice) {
+  CHECK(lowbit_set_matmul_blocking(lowbit_format(bits), choice.tiles_from, choice.own_digit_bytes) == LOWBIT_OK, "%s",
+        lowbit_last_error());
+}
+
+// Lowbit's own; tiles whatever the tokens; rows, each with digits of its own; rows that share them.
+constexpr lowbit::BlockingChoice kBlockings[] = {{}, {1, -1}, {1000, int64_t(1) << 40}, {1000, 0}};
+
+// The user's choice is of one format, at every level, until it is taken back.
+void test_chosen_blocking() {
+  for (const char* isa : {"amx", "avx512vnni", "avx2", "ref"}) {
+    CHECK(lowbit_set_isa(isa) == LOWBIT_OK, "%s", lowbit_last_error());
+    choose(LOWBIT_INT3, {17, 8192});
+    int64_t batch = 0, tiles_from = 0, others = 0, columns = 0;
+    CHECK(lowbit_matmul_batching(LOWBIT_INT3, &batch, &tiles_from) == LOWBIT_OK, "%s", lowbit_last_error());
+    CHECK(lowbit_matmul_batching(LOWBIT_INT4, &batch, &others) == LOWBIT_OK, "%s", lowbit_last_error());
+    CHECK(lowbit_matmul_sharing(LOWBIT_INT3, 2, LOWBIT_ACT_FLOAT, &columns) == LOWBIT_OK, "%s", lowbit_last_error());
+    CHECK(tiles_from == 17 && others < 17 && columns == 2048, "%s: tiles from %ld and %ld, %ld columns", isa,
+          long(tiles_from), long(others), long(columns));
+    choose(LOWBIT_INT3, {});
+    CHECK(lowbit_matmul_batching(LOWBIT_INT3, &batch, &tiles_from) == LOWBIT_OK && tiles_from < 17, "%s: tiles from %ld",
+          isa, long(tiles_from));
   }
 }
 
@@ -116,6 +142,11 @@ void test_use_of_tiles() {
   CHECK(products(16, LOWBIT_ACT_INT8, "amx") == 16 * 3, "one digit");
   CHECK(products(17, LOWBIT_ACT_INT8, "amx") == 16 * 3 * 2, "one digit, two tiles of tokens");
   CHECK(products(33, LOWBIT_ACT_FLOAT, "amx") == 16 * 3 * 6, "two digits, three tiles of tokens");
+  choose(LOWBIT_INT4, {1, -1});
+  CHECK(products(1, LOWBIT_ACT_INT8, "amx") == 16 * 3, "one token, as was chosen");
+  choose(LOWBIT_INT4, {20, -1});
+  CHECK(products(19, LOWBIT_ACT_INT8, "amx") == 0 && products(20, LOWBIT_ACT_INT8, "amx") == 16 * 3 * 2, "from 20 on");
+  choose(LOWBIT_INT4, {});
   CHECK(lowbit_set_threads(0) == LOWBIT_OK, "%s", lowbit_last_error());
 }
 
@@ -135,15 +166,16 @@ void test_numbers_of_tokens() {
       for (const auto mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8}) {
         const auto wanted = product(w, x, 70, mode, "ref");
         for (const int64_t tokens : counts)
-          for (const char* isa : {"amx", "avxvnni", "avx512vnni"}) {
-            // Of a kilobyte, in which no digits fit: rows of AVX-512 share them.
-            lowbit::l1_size = !strcmp(isa, "avx512vnni") ? 1024 : 32 << 10;
-            const auto got = product(w, x, tokens, mode, isa);
-            CHECK(!memcmp(got.data(), wanted.data(), got.size() * 4),
-                  "%s group %ld mode %d tokens %ld: %s differs from ref", format_name(bits).c_str(), long(group),
-                  int(mode), long(tokens), isa);
-          }
-        lowbit::l1_size = 32 << 10;
+          for (const char* isa : {"amx", "avxvnni", "avx512vnni", "avx2"})
+            for (const auto& blocking : kBlockings) {
+              choose(bits, blocking);
+              const auto got = product(w, x, tokens, mode, isa);
+              CHECK(!memcmp(got.data(), wanted.data(), got.size() * 4),
+                    "%s group %ld mode %d tokens %ld tiles from %ld own digits %ld: %s differs from ref",
+                    format_name(bits).c_str(), long(group), int(mode), long(tokens), long(blocking.tiles_from),
+                    long(blocking.own_digit_bytes), isa);
+            }
+        choose(bits, {});
       }
     }
 }
@@ -228,6 +260,7 @@ int main(int count, char** arguments) {
   }
   test_choice();
   test_sharing();
+  test_chosen_blocking();
   test_use_of_tiles();
   test_numbers_of_tokens();
   test_tile_rate();

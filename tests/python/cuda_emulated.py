@@ -2,7 +2,8 @@
 whose device memory is the host's. test_cuda.py runs this file in a process of its own, since the library is looked for
 once.
 
-By hand: LOWBIT_CUDA_LIBRARY=build/dev/tests/emulation/liblowbit_cuda_emulated.so pytest tests/python/cuda_emulated.py
+By hand: LOWBIT_CUDA_LIBRARY=build/dev/tests/emulation/liblowbit_cuda_emulated.so LOWBIT_TORCH_KERNELS=python \
+         pytest tests/python/cuda_emulated.py
 """
 
 import ctypes

@@ -24,7 +24,7 @@ def emulated_library() -> Path | None:
 def run(arguments, library):
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "LOWBIT_CUDA_LIBRARY": str(library)},
+        env={**os.environ, "LOWBIT_CUDA_LIBRARY": str(library), "LOWBIT_TORCH_KERNELS": "python"},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -216,3 +216,33 @@ def test_forced_isa(isa, code):
     else:
         assert native["forced_isa"] == native["isa"] == "ref"
         assert native["kernels"]["matmul"]["int4"] == "int4_matmul__ref"
+
+
+def _doctor(**environment: str) -> tuple[int, dict]:
+    done = subprocess.run(
+        [sys.executable, "-m", "lowbit", "doctor", "--kernels", "--json"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_chosen_blocking():
+    code, facts = _doctor(LOWBIT_TILES_FROM="int4=3,trit=40", LOWBIT_OWN_DIGIT_BYTES="2048", LOWBIT_ISA="avx2")
+    tokens = facts["choices"]["matmul_tokens"]
+    assert code == 0
+    assert tokens["forced"] == {"LOWBIT_TILES_FROM": "int4=3,trit=40", "LOWBIT_OWN_DIGIT_BYTES": "2048"}
+    assert tokens["tiles_from"] == {"int2": 12, "int3": 12, "int4": 3, "int8": 12, "trit": 40}
+    assert tokens["own_digits"]["float"] == {"int2": 1024, "int3": 1024, "int4": 1024, "int8": 1024, "trit": 640}
+
+
+@pytest.mark.parametrize("name, value", [("LOWBIT_TILES_FROM", "0"), ("LOWBIT_OWN_DIGIT_BYTES", "int4=8,")])
+@pytest.mark.parametrize("junk", ["", "int5=8", "int4=", "int4=8;int8=9", "8 ", "-1", "99999999999999999999"])
+def test_blocking_that_is_no_choice(name, value, junk):
+    """Said by doctor and by every product; lookups need no blocking."""
+    code, facts = _doctor(**{name: junk or value})
+    assert code == 1 and set(facts["native"]) == {"error"}
+    assert facts["native"]["error"].startswith(f"ValueError: {name}: expected a number of at least ")
+    assert f'got "{junk or value}"' in facts["native"]["error"]

@@ -155,6 +155,13 @@ LOWBIT_API lowbit_status lowbit_matmul_batching(lowbit_format format, int64_t* b
 LOWBIT_API lowbit_status lowbit_matmul_sharing(lowbit_format format, int64_t tokens, lowbit_activations activations,
                                                int64_t* columns);
 
+/* Chooses both for a format, for CPUs whose best was not measured (lowbit's bench/blocking.py finds it): tiles from so many
+ * tokens on (at least 1), and rows one by one while all tokens' digits take at most so many bytes (0: always together).
+ * -1: lowbit's own choice. The same bits come out. Calls under way keep what they began with, and a workspace is of the
+ * size that was asked for under the same choice. At start the environment's LOWBIT_TILES_FROM and LOWBIT_OWN_DIGIT_BYTES
+ * are read, a number for all formats or "int4=9,trit=12"; if one is invalid, every product fails with its message. */
+LOWBIT_API lowbit_status lowbit_set_matmul_blocking(lowbit_format format, int64_t tiles_from, int64_t own_digit_bytes);
+
 /* y[m][n] = sum_k x[m][k] * W[n][k] + bias[n]; x [tokens][cols], y [tokens][rows] of the same dtype (f32, f16,
  * bf16), strides in elements; bias [rows] of any float dtype or NULL. Any tokens >= 0. workspace NULL: allocated
  * inside the call. Bit-identical for every ISA, thread count and batch size. */

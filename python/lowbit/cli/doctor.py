@@ -87,3 +87,5 @@ def _show_choices(terminal: Terminal, choices: dict) -> None:
     terminal.line(
         "rows", f"of AVX-512 meet one token alone up to so many columns, beyond them several at once: {columns}"
     )
+    for name, value in choices["matmul_tokens"]["forced"].items():
+        terminal.line("", f"by {name}={value}")

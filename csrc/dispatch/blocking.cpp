@@ -1,0 +1,135 @@
+#include "dispatch/blocking.h"
+
+#include <atomic>
+#include <cerrno>
+#include <cinttypes>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <string>
+
+#include "api/validate.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int64_t kLeastTileTokens = 6;  // tile_tokens of any format and level, where nobody chose
+
+struct Format {
+  const char* name;
+  int number;
+};
+constexpr Format kFormats[] = {{"int2", LOWBIT_INT2},
+                               {"int3", LOWBIT_INT3},
+                               {"int4", LOWBIT_INT4},
+                               {"int8", LOWBIT_INT8},
+                               {"trit", LOWBIT_TRIT}};
+constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
+
+// One of the two figures, for every format.
+struct Setting {
+  const char* variable;  // of the environment
+  int64_t least;
+  std::atomic<int64_t> value[kFormatCount];
+};
+Setting tiles_from{"LOWBIT_TILES_FROM", 1, {-1, -1, -1, -1, -1}};
+Setting own_digits{"LOWBIT_OWN_DIGIT_BYTES", 0, {-1, -1, -1, -1, -1}};
+std::once_flag environment_read;
+std::string environment_error;  // written while it is read
+
+int index_of(int format) {
+  for (int i = 0; i < kFormatCount; i++)
+    if (kFormats[i].number == format) return i;
+  return -1;
+}
+
+// "9", or "int4=9,trit=12": to[i] of the formats that are named, all of them for a number alone.
+lowbit_status parse(const Setting& setting, const char* text, int64_t (&to)[kFormatCount]) {
+  for (const char* at = text; *at;) {
+    int first = 0, last = kFormatCount - 1;
+    if (const char* equals = strchr(at, '='); equals && !memchr(at, ',', size_t(equals - at))) {
+      const size_t length = size_t(equals - at);
+      while (first < kFormatCount && (strlen(kFormats[first].name) != length || memcmp(kFormats[first].name, at, length)))
+        first++;
+      last = first;
+      at = equals + 1;
+    }
+    char* end = nullptr;
+    errno = 0;
+    const long long value = *at >= '0' && *at <= '9' ? strtoll(at, &end, 10) : -1;
+    if (first == kFormatCount || !end || errno || value < setting.least || (*end && (*end != ',' || !end[1])))
+      return fail(LOWBIT_INVALID_ARGUMENT,
+                  "%s: expected a number of at least %d, or such numbers as in int4=9,trit=12, got \"%.60s\"",
+                  setting.variable, int(setting.least), text);
+    for (int i = first; i <= last; i++) to[i] = value;
+    at = *end ? end + 1 : end;
+  }
+  return LOWBIT_OK;
+}
+
+lowbit_status read_variable(Setting& setting) {
+  int64_t values[kFormatCount];
+  for (int64_t& value : values) value = -1;
+  if (const char* text = getenv(setting.variable)) LOWBIT_TRY(parse(setting, text, values));
+  for (int i = 0; i < kFormatCount; i++) setting.value[i] = values[i];
+  return LOWBIT_OK;
+}
+
+}  // namespace
+
+lowbit_status chosen_blocking(int format, BlockingChoice* choice) {
+  std::call_once(environment_read, [] {
+    if (read_variable(tiles_from) != LOWBIT_OK || read_variable(own_digits) != LOWBIT_OK)
+      environment_error = lowbit_last_error();
+  });
+  if (!environment_error.empty()) return fail(LOWBIT_INVALID_ARGUMENT, "%s", environment_error.c_str());
+  const int i = index_of(format);
+  choice->tiles_from = tiles_from.value[i].load(std::memory_order_relaxed);
+  choice->own_digit_bytes = own_digits.value[i].load(std::memory_order_relaxed);
+  return LOWBIT_OK;
+}
+
+// Below so many tokens the idle lanes of a tile cost more than row kernels do. Measured for avx512vnni (Zen 4, matrices
+// from DRAM: int8 is level at 6 to 8 tokens, int4 at 9 to 11, int2 at 10 to 12, int3 at 8 to 10) and avx2 (11 to 13).
+// AMX's 6 is an estimate from the instructions: a tile's products, sums and decoding take the time of about 3 tokens of
+// the row kernel out of the caches, and as long as rows come from memory it is bound by that up to about 6.
+int64_t tile_tokens(int format, Isa isa, const BlockingChoice& choice) {
+  if (choice.tiles_from >= 0) return choice.tiles_from;
+  if (isa == Isa::amx) return kLeastTileTokens;
+  if (isa != Isa::avx512vnni) return 12;
+  return format == LOWBIT_INT8 ? 7 : format == LOWBIT_INT2 ? 11 : 9;
+}
+
+Activations::Layout layout_of(int format, int64_t tokens, Isa isa, const BlockingChoice& choice) {
+  return tokens >= tile_tokens(format, isa, choice) ? Activations::kTiles : Activations::kRows;
+}
+
+bool may_be_tiles(int64_t tokens, const BlockingChoice& choice) {
+  return tokens >= (choice.tiles_from >= 0 ? choice.tiles_from : kLeastTileTokens);
+}
+
+// Measured on Zen 4 (32 KB), codes from DRAM: of one token 12 KB are level and 14 and 16 KB gain 5 to 20%; of 2 to 4 tokens
+// 16 KB gain or lose 10% with the format, and 32 KB gain 15 to 50%. Trits, most of whose time is decoding: 22 KB are level,
+// 28 KB gain up to 15%, 44 KB 35 to 45%.
+int64_t own_digit_bytes(int format, int64_t tokens, int64_t l1_bytes, const BlockingChoice& choice) {
+  if (choice.own_digit_bytes >= 0) return choice.own_digit_bytes;
+  const int64_t eighths = format == LOWBIT_TRIT ? 6 : tokens == 1 ? 3 : 4;
+  return l1_bytes * eighths / 8;
+}
+
+}  // namespace lowbit
+
+extern "C" lowbit_status lowbit_set_matmul_blocking(lowbit_format format, int64_t tokens, int64_t digit_bytes) {
+  using namespace lowbit;
+  LOWBIT_TRY(check_format(format));
+  if (tokens != -1 && tokens < 1)
+    return fail(LOWBIT_INVALID_ARGUMENT, "tiles_from: expected -1 or at least 1 token, got %" PRId64, tokens);
+  if (digit_bytes < -1)
+    return fail(LOWBIT_INVALID_ARGUMENT, "own_digit_bytes: expected -1 or at least 0, got %" PRId64, digit_bytes);
+  BlockingChoice before;
+  LOWBIT_TRY(chosen_blocking(format, &before));  // the environment's first, which must not overwrite this later
+  const int i = index_of(format);
+  tiles_from.value[i] = tokens;
+  own_digits.value[i] = digit_bytes;
+  return LOWBIT_OK;
+}

@@ -1,0 +1,30 @@
+// How a product is cut: pure functions of format, tokens, level and first-level cache, unless the user chose otherwise.
+// Whatever is chosen, results are the same bits.
+#pragma once
+
+#include "cpu/kernel.h"
+#include "dispatch/isa.h"
+
+namespace lowbit {
+
+// What the user chose for a format; -1: nothing.
+struct BlockingChoice {
+  int64_t tiles_from = -1;       // as tile_tokens
+  int64_t own_digit_bytes = -1;  // as own_digit_bytes
+};
+
+// By lowbit_set_matmul_blocking or the environment; fails while the latter is invalid. One call reads it once: its
+// scratch, its layout and its kernels must agree.
+lowbit_status chosen_blocking(int format, BlockingChoice* choice);
+
+// The number of tokens from which the activations of a product lie as tiles of 16 tokens, and the layout that follows.
+int64_t tile_tokens(int format, Isa isa, const BlockingChoice& choice = {});
+Activations::Layout layout_of(int format, int64_t tokens, Isa isa, const BlockingChoice& choice = {});
+// Whether any level would have them as tiles: scratch is sized for all levels alike.
+bool may_be_tiles(int64_t tokens, const BlockingChoice& choice);
+
+// Digits of all tokens, in the rows layout, that leave enough of a first-level cache of so many bytes: beyond them several
+// rows of the matrix should read them together.
+int64_t own_digit_bytes(int format, int64_t tokens, int64_t l1_bytes, const BlockingChoice& choice = {});
+
+}  // namespace lowbit
