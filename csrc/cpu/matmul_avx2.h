@@ -42,6 +42,10 @@ LOWBIT_INLINE void add_products(__m256i& sums, __m256i codes, __m256i digits) {
 #endif
 }
 
+LOWBIT_INLINE void add_products_in_place(__m256i& sums, __m256i codes, __m256i digits) {
+  add_products(sums, codes, digits);
+}
+
 // total + weight * sums.
 LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums, int weight) {
   return _mm256_add_epi32(total, weight == 1 ? sums : _mm256_slli_epi32(sums, __builtin_ctz(weight)));
@@ -49,9 +53,17 @@ LOWBIT_INLINE __m256i add_weighted(__m256i total, __m256i sums, int weight) {
 #else
 constexpr bool kDotProducts = false;
 
-// sums += the products of 2 unsigned codes and 2 signed digits in each lane of 16 bits, in place.
+// sums += the products of 2 unsigned codes and 2 signed digits in each lane of 16 bits. The empty asm: gcc 12 makes all
+// products of an unrolled loop first, on the stack, to add them as a tree.
 LOWBIT_INLINE void add_products(__m256i& sums, __m256i codes, __m256i digits) {
   sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, digits));
+  asm("" : "+x"(sums));
+}
+
+// The same in the register where the sums are, for loops that gcc does not unroll, where it would copy every one of them
+// back. Elsewhere this is up to 15% slower.
+LOWBIT_INLINE void add_products_in_place(__m256i& sums, __m256i codes, __m256i digits) {
+  asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(_mm256_maddubs_epi16(codes, digits)));
 }
 
 // total + weight * (the 16-bit sums in pairs).
@@ -313,8 +325,8 @@ void rows_by_tile(const lowbit_matrix* w, const Activations* x, const int64_t* r
                 int32_t four_codes;
                 memcpy(&four_codes, code + r * kStage + i, 4);
                 const __m256i four = _mm256_set1_epi32(four_codes);
-                add_products(sums[r][0], four, d0);
-                add_products(sums[r][1], four, d1);
+                add_products_in_place(sums[r][0], four, d0);
+                add_products_in_place(sums[r][1], four, d1);
               }
             }
             for (int r = 0; r < R; r++) {
