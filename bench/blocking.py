@@ -6,11 +6,11 @@
     LOWBIT_ISA=avx2 python bench/blocking.py        of another level
 
 Two thresholds decide how a product with few tokens is cut (csrc/dispatch/blocking.h). Tiles: the number of tokens from
-which activations lie as tiles of 16 tokens, as rows below. Own digits: the bytes of digits up to which each row of the
-matrix reads them alone; beyond, rows share them (AVX-512). Both ways are timed in turns about each threshold, on matrices
-from DRAM, in both activation modes, and the threshold that takes the least time over all of them (the geometric mean) is
-printed with what lowbit's own costs beside it. Both ways give the same bits, so a line of the environment is all that the
-difference takes.
+which activations lie as a tile of 16 tokens, as rows below; it holds for the tail of more than 16 too. Own digits: the
+bytes of digits up to which each row of the matrix reads them alone; beyond, rows share them (AVX-512). Both ways are
+timed in turns about each threshold, on matrices from DRAM, in both activation modes, and the threshold that takes the
+least time over all of them (the geometric mean) is printed with what lowbit's own costs beside it. Both ways give the
+same bits, so a line of the environment is all that the difference takes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lowbit import _C, PackedMatrix, abi
 MEGABYTES = 300  # of codes, which matrices of every shape are windows of
 COLUMNS = (4096, 8192, 12288, 16384, 22528, 28672)  # of the matrices whose rows share digits
 SHARED_TOKENS = (1, 2, 4)
-TILE_TOKENS = range(2, 19)
+TILE_TOKENS = range(2, 17)
 TILE_COLUMNS = 4096
 LINES = 160_000  # of one matrix: 10 MB
 NEVER = 1 << 40
@@ -59,7 +59,7 @@ class Point:
 
 
 def best_threshold(points: list[Point]) -> int:
-    """The largest place that is still best below it, 0 for none: of all thresholds the one with the least total time."""
+    """The largest place that stays below, 0 for none: of all thresholds the one with the least total time."""
     places = [0, *sorted({p.place for p in points})]
     return min(places, key=lambda place: sum(p.cost for p in points if p.place > place))
 
@@ -86,7 +86,9 @@ def windows(arena: torch.Tensor, format: str, columns: int) -> list[PackedMatrix
     rows, row_bytes = LINES // lines, lines * abi.LINE_BYTES
     codes = arena[: arena.numel() // row_bytes * row_bytes].view(-1, lines, abi.LINE_BYTES)
     grouped = format not in ("trit", "int8")
-    scales = torch.full((rows, -(-columns // 128)) if grouped else (1, 1) if format == "trit" else (rows, 1), 0.01).half()
+    scales = torch.full(
+        (rows, -(-columns // 128)) if grouped else (1, 1) if format == "trit" else (rows, 1), 0.01
+    ).half()
     group = 128 if grouped else -1
     return [
         PackedMatrix(part, scales, format=format, cols=columns, group_size=group, validate=False)
@@ -138,9 +140,7 @@ def sharing_points(format: str, arena: torch.Tensor, rounds: int) -> list[Point]
         matrices = windows(arena, format, columns)
         for tokens, (mode, code) in itertools.product(SHARED_TOKENS, abi.ACTIVATIONS.items()):
             digit_bytes = (1 if code else 2) * tokens * columns
-            points.append(
-                Ways(format, matrices, tokens, mode).compare(digit_bytes, (NEVER, NEVER), (NEVER, 0), rounds)
-            )
+            points.append(Ways(format, matrices, tokens, mode).compare(digit_bytes, (NEVER, NEVER), (NEVER, 0), rounds))
     return points
 
 
@@ -171,9 +171,13 @@ def row(format: str, threshold: str, points: list[Point], own: int, is_beyond: C
 
 def rows_of(format: str, arena: torch.Tensor, rounds: int) -> list[dict]:
     bits = abi.FORMATS[format]
-    _, tiles_from = _C.matmul_batching(bits)
+
+    def tiles_from(mode: str) -> int:
+        return _C.matmul_batching(bits, abi.ACTIVATIONS[mode])[1]
+
     points = tile_points(format, arena, rounds)
-    rows = [row(format, "tiles", points, tiles_from - 1, lambda p: p.tokens >= tiles_from)]
+    own = tiles_from("float") - 1
+    rows = [row(format, "tiles", points, own, lambda p: p.tokens >= tiles_from(p.activations))]
     if not _C.selected_kernel("matmul", bits).endswith(SHARING):
         return rows
 
@@ -181,8 +185,8 @@ def rows_of(format: str, arena: torch.Tensor, rounds: int) -> list[dict]:
         return _C.matmul_sharing(bits, tokens, abi.ACTIVATIONS[mode])
 
     points = sharing_points(format, arena, rounds)
-    own = 2 * columns(1, "float")  # with more tokens a format may take other shares of the cache
-    return rows + [row(format, "own digits", points, own, lambda p: p.columns > columns(p.tokens, p.activations))]
+    own = 2 * columns(1, "float")  # with more tokens a format may take another share of the cache
+    return [*rows, row(format, "own digits", points, own, lambda p: p.columns > columns(p.tokens, p.activations))]
 
 
 def main() -> None:

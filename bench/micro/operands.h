@@ -133,7 +133,9 @@ class Activated {
       : source_(random_floats(tokens * cols)) {
     const bool trit = bits == lowbit::kTrit;
     const int64_t padding = trit ? 640 : 512;
-    view_.layout = lowbit::layout_of(bits, tokens, isa);
+    const auto mode = int8_mode ? LOWBIT_ACT_INT8 : LOWBIT_ACT_FLOAT;
+    view_.layout =
+        lowbit::tokens_in_tiles(bits, mode, tokens, isa) ? lowbit::Activations::kTiles : lowbit::Activations::kRows;
     view_.tokens = tokens;
     view_.cols = cols;
     view_.cols_padded = lowbit::ceil_div(cols, padding) * padding;

@@ -44,13 +44,37 @@ struct Group {
 
 // The activations of a batch, as some of the products read them.
 struct Prepared {
-  Activations x;
+  Activations x;  // of all tokens; parts[] are of some, in one layout each
   const int32_t* perm;
   int format;  // decides on padding, steps and layout
   BlockingChoice blocking;
+  Activations parts[2];  // tiles, then rows
+  int count;
 
   bool serves(const Prepared& other) const {
     return perm == other.perm && format == other.format && x.chunk == other.x.chunk;
+  }
+
+  // Cuts a batch into tiles and rows.
+  void cut(int64_t tokens, Isa isa) {
+    const lowbit_activations mode = x.high ? LOWBIT_ACT_FLOAT : LOWBIT_ACT_INT8;
+    const int64_t in_tiles = tokens_in_tiles(format, mode, tokens, isa, blocking);
+    count = 0;
+    if (in_tiles) {
+      parts[count] = x;
+      parts[count].layout = Activations::kTiles;
+      parts[count++].tokens = in_tiles;
+    }
+    if (in_tiles == tokens) return;
+    Activations& rows = parts[count++] = x;
+    rows.layout = Activations::kRows;
+    rows.tokens = tokens - in_tiles;
+    rows.low += in_tiles * x.cols_padded;
+    if (x.high) rows.high += in_tiles * x.cols_padded;
+    rows.step += in_tiles * x.chunks_padded;
+    rows.sum += in_tiles * x.chunks_padded;
+    const int64_t digit_bytes = (x.high ? 2 : 1) * rows.tokens * x.cols_padded;
+    rows.rows_share = digit_bytes > own_digit_bytes(format, rows.tokens, l1_bytes(), blocking);
   }
 };
 
@@ -103,13 +127,16 @@ struct Output {
   int64_t stride;
 };
 
-void multiply_rows(const lowbit_matrix& w, const Activations& x, const float* bias, int64_t begin, int64_t end,
+// A block of rows of the matrix for all tokens, so that the second part finds its codes in a cache.
+void multiply_rows(const lowbit_matrix& w, const Prepared& x, const float* bias, int64_t begin, int64_t end,
                    MatmulKernel kernel, StoreKernel store, const Output& out) {
   alignas(64) float tile[kTokenBatch * kRowBlock];
   for (int64_t n = begin; n < end; n += kRowBlock) {
     const int64_t rows = end - n < kRowBlock ? end - n : kRowBlock;
-    kernel(&w, &x, n, n + rows, tile, kRowBlock);
-    store(tile, kRowBlock, bias ? bias + n : nullptr, x.tokens, rows, out.y + n * dtype_bytes(out.dtype), out.dtype,
+    int64_t tokens = 0;
+    for (int i = 0; i < x.count; tokens += x.parts[i++].tokens)
+      kernel(&w, &x.parts[i], n, n + rows, tile + tokens * kRowBlock, kRowBlock);
+    store(tile, kRowBlock, bias ? bias + n : nullptr, tokens, rows, out.y + n * dtype_bytes(out.dtype), out.dtype,
           out.stride);
   }
 }
@@ -183,20 +210,24 @@ void multiply(Group& group, Scratch& scratch, const void* x, lowbit_dtype dtype,
     const char* from = static_cast<const char*>(x) + first * x_stride * dtype_bytes(dtype);
     for (int p = 0; p < scratch.count; p++) {
       Prepared& prepared = scratch.prepared[p];
-      prepared.x.tokens = batch;
-      prepared.x.layout = layout_of(prepared.format, batch, isa, prepared.blocking);
-      const int64_t digit_bytes = (prepared.x.high ? 2 : 1) * batch * prepared.x.cols_padded;
-      prepared.x.rows_share = digit_bytes > own_digit_bytes(prepared.format, batch, l1_bytes(), prepared.blocking);
-      const int64_t grain = prepared.x.layout == Activations::kTiles ? kLanes : 1;
+      prepared.cut(batch, isa);
+      const int64_t grain = prepared.parts[0].layout == Activations::kTiles ? kLanes : 1;
       parallel_for(batch, grain, batch * prepared.x.cols < (1 << 15), [&](int64_t begin, int64_t end) {
-        quantize(from, dtype, x_stride, prepared.perm, begin, end, &prepared.x);
+        int64_t first = 0;  // of the part
+        for (int i = 0; i < prepared.count; first += prepared.parts[i++].tokens) {
+          const Activations& part = prepared.parts[i];
+          const int64_t m0 = begin > first ? begin - first : 0,
+                        m1 = (end - first < part.tokens ? end - first : part.tokens);
+          const char* tokens_of_part = from + first * x_stride * dtype_bytes(dtype);
+          if (m0 < m1) quantize(tokens_of_part, dtype, x_stride, prepared.perm, m0, m1, &part);
+        }
       });
     }
     parallel_for_helping(range, kRowGrain, kRowBlock, weights * batch < kSerialWork, [&](int64_t begin, int64_t end) {
       each_part(group, begin, end, [&](int i, int64_t n0, int64_t n1) {
         const Product& product = group.products[i];
         const Output to{product.y + first * product.y_stride * dtype_bytes(dtype), dtype, product.y_stride};
-        multiply_rows(product.w, scratch.prepared[product.prepared].x, product.bias ? scratch.bias[i] : nullptr, n0, n1,
+        multiply_rows(product.w, scratch.prepared[product.prepared], product.bias ? scratch.bias[i] : nullptr, n0, n1,
                       product.kernel, store, to);
       });
     });
@@ -228,15 +259,17 @@ size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_ac
   return lowbit_matmul_group_workspace(&product, 1, tokens, activations);
 }
 
-lowbit_status lowbit_matmul_batching(lowbit_format format, int64_t* batch, int64_t* tiles_from) {
+lowbit_status lowbit_matmul_batching(lowbit_format format, lowbit_activations activations, int64_t* batch,
+                                     int64_t* tiles_from) {
   LOWBIT_TRY(check_format(format));
+  LOWBIT_TRY(check_activations(activations));
   if (!batch || !tiles_from) return fail(LOWBIT_INVALID_ARGUMENT, "batch and tiles_from: expected pointers, got NULL");
   Isa isa;
   BlockingChoice choice;
   LOWBIT_TRY(allowed_isa(&isa));
   LOWBIT_TRY(chosen_blocking(format, &choice));
   *batch = kTokenBatch;
-  *tiles_from = tile_tokens(format, isa, choice);
+  *tiles_from = tile_tokens(format, activations, isa, choice);
   return LOWBIT_OK;
 }
 

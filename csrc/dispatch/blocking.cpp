@@ -13,18 +13,30 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t kLeastTileTokens = 6;  // tile_tokens of any format and level, where nobody chose
-
 struct Format {
   const char* name;
   int number;
 };
-constexpr Format kFormats[] = {{"int2", LOWBIT_INT2},
-                               {"int3", LOWBIT_INT3},
-                               {"int4", LOWBIT_INT4},
-                               {"int8", LOWBIT_INT8},
-                               {"trit", LOWBIT_TRIT}};
+constexpr Format kFormats[] = {
+    {"int2", LOWBIT_INT2}, {"int3", LOWBIT_INT3}, {"int4", LOWBIT_INT4}, {"int8", LOWBIT_INT8}, {"trit", LOWBIT_TRIT}};
 constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
+
+// Below so many tokens the idle lanes of a tile cost more than row kernels do. Measured by bench/blocking.py on Zen 4, 4096
+// columns, but for AVX-VNNI and AMX. AMX's 6 is an estimate from the instructions: a tile's products, sums and decoding
+// take the time of about 3 tokens of the row kernel out of the caches, and as long as rows come from memory it is bound
+// by that up to about 6.
+struct TileTokens {
+  int of_float[kFormatCount], of_int8[kFormatCount];  // by kFormats
+};
+constexpr TileTokens kTileTokens[] = {
+    {{12, 12, 12, 12, 12}, {12, 12, 12, 12, 12}},  // ref: any
+    {{13, 13, 14, 13, 11}, {12, 11, 13, 9, 9}},    // avx2
+    {{12, 12, 12, 12, 12}, {12, 12, 12, 12, 12}},  // avxvnni
+    {{12, 11, 12, 10, 12}, {11, 9, 9, 8, 12}},     // avx512vnni
+    {{6, 6, 6, 6, 6}, {6, 6, 6, 6, 6}},            // amx
+};
+constexpr int64_t kLeastTileTokens = 6;
+static_assert(sizeof kTileTokens / sizeof kTileTokens[0] == int(Isa::amx) + 1, "one line for each Isa");
 
 // One of the two figures, for every format.
 struct Setting {
@@ -49,7 +61,8 @@ lowbit_status parse(const Setting& setting, const char* text, int64_t (&to)[kFor
     int first = 0, last = kFormatCount - 1;
     if (const char* equals = strchr(at, '='); equals && !memchr(at, ',', size_t(equals - at))) {
       const size_t length = size_t(equals - at);
-      while (first < kFormatCount && (strlen(kFormats[first].name) != length || memcmp(kFormats[first].name, at, length)))
+      while (first < kFormatCount &&
+             (strlen(kFormats[first].name) != length || memcmp(kFormats[first].name, at, length)))
         first++;
       last = first;
       at = equals + 1;
@@ -89,31 +102,29 @@ lowbit_status chosen_blocking(int format, BlockingChoice* choice) {
   return LOWBIT_OK;
 }
 
-// Below so many tokens the idle lanes of a tile cost more than row kernels do. Measured for avx512vnni (Zen 4, matrices
-// from DRAM: int8 is level at 6 to 8 tokens, int4 at 9 to 11, int2 at 10 to 12, int3 at 8 to 10) and avx2 (11 to 13).
-// AMX's 6 is an estimate from the instructions: a tile's products, sums and decoding take the time of about 3 tokens of
-// the row kernel out of the caches, and as long as rows come from memory it is bound by that up to about 6.
-int64_t tile_tokens(int format, Isa isa, const BlockingChoice& choice) {
+int64_t tile_tokens(int format, lowbit_activations mode, Isa isa, const BlockingChoice& choice) {
   if (choice.tiles_from >= 0) return choice.tiles_from;
-  if (isa == Isa::amx) return kLeastTileTokens;
-  if (isa != Isa::avx512vnni) return 12;
-  return format == LOWBIT_INT8 ? 7 : format == LOWBIT_INT2 ? 11 : 9;
+  const TileTokens& row = kTileTokens[int(isa)];
+  return (mode == LOWBIT_ACT_INT8 ? row.of_int8 : row.of_float)[index_of(format)];
 }
 
-Activations::Layout layout_of(int format, int64_t tokens, Isa isa, const BlockingChoice& choice) {
-  return tokens >= tile_tokens(format, isa, choice) ? Activations::kTiles : Activations::kRows;
+int64_t tokens_in_tiles(int format, lowbit_activations mode, int64_t tokens, Isa isa, const BlockingChoice& choice) {
+  const int64_t from = tile_tokens(format, mode, isa, choice), tail = tokens % kLanes;
+  return tokens < from ? 0 : tail < from ? tokens - tail : tokens;
 }
 
 bool may_be_tiles(int64_t tokens, const BlockingChoice& choice) {
   return tokens >= (choice.tiles_from >= 0 ? choice.tiles_from : kLeastTileTokens);
 }
 
-// Measured on Zen 4 (32 KB), codes from DRAM: of one token 12 KB are level and 14 and 16 KB gain 5 to 20%; of 2 to 4 tokens
-// 16 KB gain or lose 10% with the format, and 32 KB gain 15 to 50%. Trits, most of whose time is decoding: 22 KB are level,
-// 28 KB gain up to 15%, 44 KB 35 to 45%.
+// Measured on Zen 4 (32 KB), codes from DRAM, by bench/blocking.py: of one token 12 KB are level and 16 KB gain 5 to 15%; of
+// 2 to 4 tokens 16 KB gain 5 to 25% with int4 and int8, are level with int2 and lose 10% with int3, and 32 KB gain 15 to
+// 45%. Trits, most of whose time is decoding: of one token 16 KB are level and 22 KB gain 15%, of more 32 KB are level and
+// 44 KB gain 30%.
 int64_t own_digit_bytes(int format, int64_t tokens, int64_t l1_bytes, const BlockingChoice& choice) {
   if (choice.own_digit_bytes >= 0) return choice.own_digit_bytes;
-  const int64_t eighths = format == LOWBIT_TRIT ? 6 : tokens == 1 ? 3 : 4;
+  const bool one = tokens == 1, few_operations = format == LOWBIT_INT4 || format == LOWBIT_INT8;
+  const int64_t eighths = format == LOWBIT_TRIT ? (one ? 5 : 6) : one || few_operations ? 3 : 4;
   return l1_bytes * eighths / 8;
 }
 

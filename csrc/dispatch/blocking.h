@@ -17,10 +17,12 @@ struct BlockingChoice {
 // scratch, its layout and its kernels must agree.
 lowbit_status chosen_blocking(int format, BlockingChoice* choice);
 
-// The number of tokens from which the activations of a product lie as tiles of 16 tokens, and the layout that follows.
-int64_t tile_tokens(int format, Isa isa, const BlockingChoice& choice = {});
-Activations::Layout layout_of(int format, int64_t tokens, Isa isa, const BlockingChoice& choice = {});
-// Whether any level would have them as tiles: scratch is sized for all levels alike.
+// The number of tokens from which activations lie as a tile of 16 tokens. More than 16 are whole tiles and a tail, which
+// lies as rows while it has fewer. How many of a batch are in tiles follows: 0, all, or all but the tail.
+int64_t tile_tokens(int format, lowbit_activations mode, Isa isa, const BlockingChoice& choice = {});
+int64_t tokens_in_tiles(int format, lowbit_activations mode, int64_t tokens, Isa isa,
+                        const BlockingChoice& choice = {});
+// Whether any level would have some in tiles: scratch is sized for all levels alike.
 bool may_be_tiles(int64_t tokens, const BlockingChoice& choice);
 
 // Digits of all tokens, in the rows layout, that leave enough of a first-level cache of so many bytes: beyond them several

@@ -517,12 +517,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("isa"));
   m.def(
       "matmul_batching",
-      [](int format) {
+      [](int format, int activations) {
         int64_t batch = 0, tiles_from = 0;
-        raise(lowbit_matmul_batching(lowbit_format(format), &batch, &tiles_from));
+        raise(lowbit_matmul_batching(lowbit_format(format), lowbit_activations(activations), &batch, &tiles_from));
         return std::make_tuple(batch, tiles_from);
       },
-      py::arg("format"));
+      py::arg("format"), py::arg("activations"));
   m.def(
       "matmul_sharing",
       [](int format, int64_t tokens, int activations) {

@@ -32,28 +32,28 @@ using Kernel = void (*)(Value* stack, uint64_t inputs, uint64_t outputs);
 constexpr uint64_t version(uint64_t major, uint64_t minor) { return major << 56 | minor << 48; }
 constexpr uint64_t kSpoken = version(2, 10);  // strings came with it; later torches speak it to those who name it
 
-#define TORCH_FUNCTIONS(FUNCTION)                                                                                   \
-  FUNCTION(uint64_t, aoti_torch_abi_version, ())                                                                    \
-  FUNCTION(int32_t, aoti_torch_library_init_impl, (const char*, const char*, const char*, uint32_t, Handle*))       \
-  FUNCTION(int32_t, torch_library_impl, (Handle, const char*, Kernel, uint64_t))                                    \
-  FUNCTION(int32_t, torch_call_dispatcher, (const char*, const char*, Value*, uint64_t))                            \
-  FUNCTION(int32_t, aoti_torch_get_data_ptr, (Handle, void**))                                                      \
-  FUNCTION(int32_t, aoti_torch_get_dim, (Handle, int64_t*))                                                         \
-  FUNCTION(int32_t, aoti_torch_get_sizes, (Handle, int64_t**))                                                      \
-  FUNCTION(int32_t, aoti_torch_get_dtype, (Handle, int32_t*))                                                       \
-  FUNCTION(int32_t, aoti_torch_get_device_type, (Handle, int32_t*))                                                 \
-  FUNCTION(int32_t, aoti_torch_is_contiguous, (Handle, bool*))                                                      \
-  FUNCTION(int32_t, aoti_torch_empty_strided,                                                                       \
-           (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*))                           \
-  FUNCTION(int32_t, aoti_torch_delete_tensor_object, (Handle))                                                      \
-  FUNCTION(int32_t, torch_string_c_str, (Handle, const char**))                                                     \
-  FUNCTION(int32_t, torch_delete_string, (Handle))                                                                  \
-  FUNCTION(int32_t, aoti_torch_device_type_cpu, ())                                                                 \
-  FUNCTION(int32_t, aoti_torch_dtype_uint8, ())                                                                     \
-  FUNCTION(int32_t, aoti_torch_dtype_int32, ())                                                                     \
-  FUNCTION(int32_t, aoti_torch_dtype_int64, ())                                                                     \
-  FUNCTION(int32_t, aoti_torch_dtype_float32, ())                                                                   \
-  FUNCTION(int32_t, aoti_torch_dtype_float16, ())                                                                   \
+#define TORCH_FUNCTIONS(FUNCTION)                                                                             \
+  FUNCTION(uint64_t, aoti_torch_abi_version, ())                                                              \
+  FUNCTION(int32_t, aoti_torch_library_init_impl, (const char*, const char*, const char*, uint32_t, Handle*)) \
+  FUNCTION(int32_t, torch_library_impl, (Handle, const char*, Kernel, uint64_t))                              \
+  FUNCTION(int32_t, torch_call_dispatcher, (const char*, const char*, Value*, uint64_t))                      \
+  FUNCTION(int32_t, aoti_torch_get_data_ptr, (Handle, void**))                                                \
+  FUNCTION(int32_t, aoti_torch_get_dim, (Handle, int64_t*))                                                   \
+  FUNCTION(int32_t, aoti_torch_get_sizes, (Handle, int64_t**))                                                \
+  FUNCTION(int32_t, aoti_torch_get_dtype, (Handle, int32_t*))                                                 \
+  FUNCTION(int32_t, aoti_torch_get_device_type, (Handle, int32_t*))                                           \
+  FUNCTION(int32_t, aoti_torch_is_contiguous, (Handle, bool*))                                                \
+  FUNCTION(int32_t, aoti_torch_empty_strided,                                                                 \
+           (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*))                     \
+  FUNCTION(int32_t, aoti_torch_delete_tensor_object, (Handle))                                                \
+  FUNCTION(int32_t, torch_string_c_str, (Handle, const char**))                                               \
+  FUNCTION(int32_t, torch_delete_string, (Handle))                                                            \
+  FUNCTION(int32_t, aoti_torch_device_type_cpu, ())                                                           \
+  FUNCTION(int32_t, aoti_torch_dtype_uint8, ())                                                               \
+  FUNCTION(int32_t, aoti_torch_dtype_int32, ())                                                               \
+  FUNCTION(int32_t, aoti_torch_dtype_int64, ())                                                               \
+  FUNCTION(int32_t, aoti_torch_dtype_float32, ())                                                             \
+  FUNCTION(int32_t, aoti_torch_dtype_float16, ())                                                             \
   FUNCTION(int32_t, aoti_torch_dtype_bfloat16, ())
 
 struct Torch {
@@ -260,8 +260,8 @@ struct Gather {
 struct Matmul {
   static constexpr const char *kName = "matmul", *kInPython = "lowbit::_matmul";
   enum { kX, kMatrix, kBias = 5, kLayout, kActivations = 9, kInputs };
-  static constexpr Kind kKinds[kInputs] = {kTensor, kTensor, kTensor, kOptionalTensor, kOptionalTensor, kOptionalTensor,
-                                           kString, kNumber, kNumber, kString};
+  static constexpr Kind kKinds[kInputs] = {kTensor,         kTensor, kTensor, kOptionalTensor, kOptionalTensor,
+                                           kOptionalTensor, kString, kNumber, kNumber,         kString};
 
   static Handle run(const Value* in) {
     Tensor x, bias;
@@ -272,7 +272,8 @@ struct Matmul {
         !read_matrix(in + kMatrix, in + kLayout, &w) || x.sizes[x.dims - 1] != w.cols)
       return nullptr;
     if (const Value* given = optional(in[kBias]))
-      if (!bias.read(*given) || float_dtype(bias.dtype) < 0 || bias.dims != 1 || bias.sizes[0] != w.rows) return nullptr;
+      if (!bias.read(*given) || float_dtype(bias.dtype) < 0 || bias.dims != 1 || bias.sizes[0] != w.rows)
+        return nullptr;
     const lowbit_dtype dtype = lowbit_dtype(float_dtype(x.dtype));
     void* y = nullptr;
     const Handle made = empty(x.sizes, x.dims - 1, w.rows, x.dtype, &y);

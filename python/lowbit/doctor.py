@@ -79,7 +79,7 @@ def _native() -> dict[str, Any]:
 
         if _C.isa() == "invalid":
             _C.set_isa(os.environ["LOWBIT_ISA"])  # raises what every verb would
-        _C.matmul_batching(FORMATS["int4"])  # and what every product would
+        _C.matmul_batching(FORMATS["int4"], 0)  # and what every product would
         features = _C.cpu_features()
         return {
             "library": _C.__file__,
@@ -108,10 +108,10 @@ def kernel_choices() -> dict[str, Any]:
 
     "kernels": a dict for each verb and format: "verb", "format", "kernel" (the one selected) and "rows", every row of
     the table for them, best first: "name" and "why", "" for the selected one, else why it is not.
-    "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", by format the number
-    from which activations lie as tiles of 16 tokens; below it as rows. "own_digits": by mode and format, the columns up
-    to which rows of a product with one token read its digits alone (AVX-512; the first-level cache allows no more).
-    "forced": the environment's variables that chose either.
+    "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", by mode and format the
+    number from which activations lie as a tile of 16 tokens; fewer, or a tail of fewer, as rows. "own_digits": by mode
+    and format, the columns up to which rows of a product with one token read its digits alone (AVX-512; the first-level
+    cache allows no more). "forced": the environment's variables that chose either.
     """
     import torch  # noqa: F401  before _C, see above
 
@@ -132,9 +132,13 @@ def kernel_choices() -> dict[str, Any]:
                     "rows": [{"name": row, "why": _why_not(row, selected, rows)} for row in rows],
                 }
             )
-    batching = {name: _C.matmul_batching(bits) for name, bits in _verbs()["matmul"].items()}
-    tokens = {"batch": max(batch for batch, _ in batching.values())}
-    tokens["tiles_from"] = {name: tiles_from for name, (_, tiles_from) in batching.items()}
+    tokens: dict[str, Any] = {
+        "batch": _C.matmul_batching(FORMATS["int4"], 0)[0],
+        "tiles_from": {
+            mode: {name: _C.matmul_batching(bits, number)[1] for name, bits in FORMATS.items()}
+            for mode, number in ACTIVATIONS.items()
+        },
+    }
     tokens["own_digits"] = {
         mode: {name: _C.matmul_sharing(bits, 1, number) for name, bits in FORMATS.items()}
         for mode, number in ACTIVATIONS.items()

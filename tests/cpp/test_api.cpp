@@ -212,14 +212,15 @@ int main() {
   CHECK(!lowbit_isa_missing("sse9") && !lowbit_isa_missing(nullptr), "levels that there are not");
   CHECK(!strcmp(lowbit_isa_missing("ref"), ""), "%s", lowbit_isa_missing("ref"));
   int64_t batch = 0, tiles_from = 0;
-  REFUSED(lowbit_matmul_batching(LOWBIT_INT4, nullptr, &tiles_from), bad, "batch");
-  REFUSED(lowbit_matmul_batching(lowbit_format(5), &batch, &tiles_from), bad, "format");
+  REFUSED(lowbit_matmul_batching(LOWBIT_INT4, LOWBIT_ACT_FLOAT, nullptr, &tiles_from), bad, "batch");
+  REFUSED(lowbit_matmul_batching(lowbit_format(5), LOWBIT_ACT_FLOAT, &batch, &tiles_from), bad, "format");
+  REFUSED(lowbit_matmul_batching(LOWBIT_INT4, lowbit_activations(7), &batch, &tiles_from), bad, "activations");
   int64_t columns = 0;
   REFUSED(lowbit_matmul_sharing(lowbit_format(5), 1, LOWBIT_ACT_FLOAT, &columns), bad, "format");
   REFUSED(lowbit_matmul_sharing(LOWBIT_INT4, 0, LOWBIT_ACT_FLOAT, &columns), bad, "tokens");
   REFUSED(lowbit_matmul_sharing(LOWBIT_INT4, 1, lowbit_activations(7), &columns), bad, "activations");
   REFUSED(lowbit_matmul_sharing(LOWBIT_INT4, 1, LOWBIT_ACT_FLOAT, nullptr), bad, "columns");
-  CHECK(lowbit_matmul_batching(LOWBIT_INT4, &batch, &tiles_from) == LOWBIT_OK && 1 < tiles_from && tiles_from < batch,
+  CHECK(lowbit_matmul_batching(LOWBIT_INT4, LOWBIT_ACT_INT8, &batch, &tiles_from) == LOWBIT_OK && 1 < tiles_from && tiles_from < batch,
         "batches of %ld, tiles from %ld", long(batch), long(tiles_from));
   REFUSED(lowbit_set_matmul_blocking(lowbit_format(5), 4, 4), bad, "format");
   REFUSED(lowbit_set_matmul_blocking(LOWBIT_INT4, 0, 4), bad, "tiles_from");

@@ -30,29 +30,49 @@ std::vector<float> product(const TestMatrix& w, const std::vector<float>& x, int
 void test_choice() {
   CHECK(!strcmp(lowbit_isa_missing("amx"), ""), "%s", lowbit_isa_missing("amx"));
   CHECK(!lowbit_isa_missing("sse9"), "%s", lowbit_isa_missing("sse9"));
+  constexpr int kBits[] = {2, 3, 4, 8, lowbit::kTrit};
   struct {
     const char *isa, *matmul, *gather;
-    int64_t tiles_from, of_int4, of_int8, of_int2;  // of trit and int3
-  } const wanted[] = {{"auto", "amx", "avx512vnni", 6, 6, 6, 6},
-                      {"amx", "amx", "avx512vnni", 6, 6, 6, 6},
-                      {"avx512vnni", "avx512vnni", "avx512vnni", 9, 9, 7, 11},
-                      {"avxvnni", "avxvnni", "avx2", 12, 12, 12, 12},
-                      {"avx2", "avx2", "avx2", 12, 12, 12, 12}};
+    int64_t of_float[5], of_int8[5];  // tokens of a tile at least, as kBits
+  } const wanted[] = {{"auto", "amx", "avx512vnni", {6, 6, 6, 6, 6}, {6, 6, 6, 6, 6}},
+                      {"amx", "amx", "avx512vnni", {6, 6, 6, 6, 6}, {6, 6, 6, 6, 6}},
+                      {"avx512vnni", "avx512vnni", "avx512vnni", {12, 11, 12, 10, 12}, {11, 9, 9, 8, 12}},
+                      {"avxvnni", "avxvnni", "avx2", {12, 12, 12, 12, 12}, {12, 12, 12, 12, 12}},
+                      {"avx2", "avx2", "avx2", {13, 13, 14, 13, 11}, {12, 11, 13, 9, 9}}};
   for (const auto& level : wanted) {
     CHECK(lowbit_set_isa(level.isa) == LOWBIT_OK, "%s", lowbit_last_error());
-    for (const int bits : {lowbit::kTrit, 2, 3, 4, 8}) {
+    for (int i = 0; i < 5; i++) {
+      const int bits = kBits[i];
       const std::string matmul = lowbit_selected_kernel("matmul", lowbit_format(bits));
       const std::string gather = lowbit_selected_kernel("gather", lowbit_format(bits));
       CHECK(matmul == format_name(bits) + "_matmul__" + level.matmul, "%s at %s", matmul.c_str(), level.isa);
       CHECK(gather == format_name(bits) + "_gather__" + level.gather, "%s at %s", gather.c_str(), level.isa);
-      int64_t batch = 0, tiles_from = 0;
-      const int64_t expected = bits == 8   ? level.of_int8
-                               : bits == 4 ? level.of_int4
-                               : bits == 2 ? level.of_int2
-                                           : level.tiles_from;
-      CHECK(lowbit_matmul_batching(lowbit_format(bits), &batch, &tiles_from) == LOWBIT_OK, "%s", lowbit_last_error());
-      CHECK(batch == 256 && tiles_from == expected, "%s of %d bits: tiles from %ld", level.isa, bits, long(tiles_from));
+      for (const auto mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8}) {
+        int64_t batch = 0, tiles_from = 0;
+        CHECK(lowbit_matmul_batching(lowbit_format(bits), mode, &batch, &tiles_from) == LOWBIT_OK, "%s",
+              lowbit_last_error());
+        CHECK(batch == 256 && tiles_from == (mode == LOWBIT_ACT_FLOAT ? level.of_float : level.of_int8)[i],
+              "%s of %d bits, mode %d: tiles from %ld", level.isa, bits, int(mode), long(tiles_from));
+      }
     }
+  }
+}
+
+// A batch is cut into whole tiles and a tail: 16 * (tiles) + tail of fewer tokens than make a tile.
+void test_tails() {
+  using lowbit::tokens_in_tiles;
+  struct {
+    int64_t tokens, in_tiles, if_chosen_1, if_chosen_40;
+  } const cases[] = {{1, 0, 1, 0},     {8, 0, 8, 0},     {9, 9, 9, 0},         {16, 16, 16, 0},     {17, 16, 17, 0},
+                     {24, 16, 24, 0},  {25, 25, 25, 0},  {32, 32, 32, 0},      {40, 32, 40, 32},    {41, 41, 41, 32},
+                     {48, 48, 48, 48}, {63, 63, 63, 48}, {250, 250, 250, 240}, {256, 256, 256, 256}};
+  for (const auto& c : cases) {
+    const auto in_tiles = [&](const lowbit::BlockingChoice& choice) {
+      return tokens_in_tiles(LOWBIT_INT4, LOWBIT_ACT_INT8, c.tokens, lowbit::Isa::avx512vnni, choice);
+    };
+    CHECK(in_tiles({}) == c.in_tiles && in_tiles({1, -1}) == c.if_chosen_1 && in_tiles({40, -1}) == c.if_chosen_40,
+          "%ld tokens: %ld, %ld and %ld in tiles", long(c.tokens), long(in_tiles({})), long(in_tiles({1, -1})),
+          long(in_tiles({40, -1})));
   }
 }
 
@@ -70,14 +90,16 @@ void test_chosen_blocking() {
     CHECK(lowbit_set_isa(isa) == LOWBIT_OK, "%s", lowbit_last_error());
     choose(LOWBIT_INT3, {17, 8192});
     int64_t batch = 0, tiles_from = 0, others = 0, columns = 0;
-    CHECK(lowbit_matmul_batching(LOWBIT_INT3, &batch, &tiles_from) == LOWBIT_OK, "%s", lowbit_last_error());
-    CHECK(lowbit_matmul_batching(LOWBIT_INT4, &batch, &others) == LOWBIT_OK, "%s", lowbit_last_error());
+    CHECK(lowbit_matmul_batching(LOWBIT_INT3, LOWBIT_ACT_FLOAT, &batch, &tiles_from) == LOWBIT_OK, "%s",
+          lowbit_last_error());
+    CHECK(lowbit_matmul_batching(LOWBIT_INT4, LOWBIT_ACT_FLOAT, &batch, &others) == LOWBIT_OK, "%s",
+          lowbit_last_error());
     CHECK(lowbit_matmul_sharing(LOWBIT_INT3, 2, LOWBIT_ACT_FLOAT, &columns) == LOWBIT_OK, "%s", lowbit_last_error());
     CHECK(tiles_from == 17 && others < 17 && columns == 2048, "%s: tiles from %ld and %ld, %ld columns", isa,
           long(tiles_from), long(others), long(columns));
     choose(LOWBIT_INT3, {});
-    CHECK(lowbit_matmul_batching(LOWBIT_INT3, &batch, &tiles_from) == LOWBIT_OK && tiles_from < 17, "%s: tiles from %ld",
-          isa, long(tiles_from));
+    CHECK(lowbit_matmul_batching(LOWBIT_INT3, LOWBIT_ACT_FLOAT, &batch, &tiles_from) == LOWBIT_OK && tiles_from < 17,
+          "%s: tiles from %ld", isa, long(tiles_from));
   }
 }
 
@@ -90,9 +112,10 @@ void test_sharing() {
   } const cases[] = {{32 << 10, 4, 1, 6144, 12288},
                      {32 << 10, 8, 1, 6144, 12288},
                      {48 << 10, 4, 1, 9216, 18432},
-                     {32 << 10, 4, 2, 4096, 8192},
+                     {32 << 10, 4, 2, 3072, 6144},
+                     {32 << 10, 3, 2, 4096, 8192},
                      {32 << 10, 2, 8, 1024, 2048},
-                     {32 << 10, lowbit::kTrit, 1, 12160, 24320},
+                     {32 << 10, lowbit::kTrit, 1, 10240, 20480},
                      {32 << 10, lowbit::kTrit, 4, 2560, 5760},
                      {1024, 4, 3, 0, 0}};
   for (const auto& c : cases) {
@@ -140,12 +163,14 @@ void test_use_of_tiles() {
   // 1024 columns are 16 products; 40 rows are 3 A tiles; one B tile a digit and 16 tokens.
   CHECK(products(6, LOWBIT_ACT_FLOAT, "amx") == 16 * 3 * 2, "two digits");
   CHECK(products(16, LOWBIT_ACT_INT8, "amx") == 16 * 3, "one digit");
-  CHECK(products(17, LOWBIT_ACT_INT8, "amx") == 16 * 3 * 2, "one digit, two tiles of tokens");
-  CHECK(products(33, LOWBIT_ACT_FLOAT, "amx") == 16 * 3 * 6, "two digits, three tiles of tokens");
+  CHECK(products(17, LOWBIT_ACT_INT8, "amx") == 16 * 3, "one digit, a tile of tokens and a tail");
+  CHECK(products(22, LOWBIT_ACT_INT8, "amx") == 16 * 3 * 2, "one digit, two tiles of tokens");
+  CHECK(products(37, LOWBIT_ACT_FLOAT, "amx") == 16 * 3 * 4, "two digits, two tiles of tokens and a tail");
+  CHECK(products(38, LOWBIT_ACT_FLOAT, "amx") == 16 * 3 * 6, "two digits, three tiles of tokens");
   choose(LOWBIT_INT4, {1, -1});
   CHECK(products(1, LOWBIT_ACT_INT8, "amx") == 16 * 3, "one token, as was chosen");
   choose(LOWBIT_INT4, {20, -1});
-  CHECK(products(19, LOWBIT_ACT_INT8, "amx") == 0 && products(20, LOWBIT_ACT_INT8, "amx") == 16 * 3 * 2, "from 20 on");
+  CHECK(products(19, LOWBIT_ACT_INT8, "amx") == 0 && products(20, LOWBIT_ACT_INT8, "amx") == 16 * 3, "from 20 on");
   choose(LOWBIT_INT4, {});
   CHECK(lowbit_set_threads(0) == LOWBIT_OK, "%s", lowbit_last_error());
 }
@@ -153,7 +178,7 @@ void test_use_of_tiles() {
 void test_numbers_of_tokens() {
   std::vector<int64_t> counts;
   for (int64_t tokens = 1; tokens <= 18; tokens++) counts.push_back(tokens);
-  for (const int64_t tokens : {31, 32, 33, 48, 49, 64, 65, 70}) counts.push_back(tokens);
+  for (const int64_t tokens : {23, 24, 25, 26, 27, 28, 29, 31, 32, 33, 48, 49, 64, 65, 70}) counts.push_back(tokens);
   for (const int bits : {lowbit::kTrit, 2, 3, 4, 8})
     for (const int64_t group : {-1, 128, 64, 32, 16}) {
       const bool zeros = bits != lowbit::kTrit && group % 32 == 0;
@@ -259,6 +284,7 @@ int main(int count, char** arguments) {
     return check::finish("levels, tiles refused");
   }
   test_choice();
+  test_tails();
   test_sharing();
   test_chosen_blocking();
   test_use_of_tiles();

@@ -51,10 +51,10 @@ def test_kernel_choices_of_this_machine():
             missing = _C.isa_missing(row["name"].partition("__")[2])
             assert missing == "" or row["why"] == missing
     tokens = choices["matmul_tokens"]
-    assert set(tokens["tiles_from"]) == {"int2", "int3", "int4", "int8", "trit"}
-    assert (tokens["batch"], tokens["tiles_from"]["int4"]) == _C.matmul_batching(4)
+    assert set(tokens["tiles_from"]["float"]) == {"int2", "int3", "int4", "int8", "trit"}
+    assert (tokens["batch"], tokens["tiles_from"]["int8"]["int4"]) == _C.matmul_batching(4, 1)
     own = tokens["own_digits"]
-    assert own["float"]["int4"] == _C.matmul_sharing(4, 1, 0) and set(own["int8"]) == set(tokens["tiles_from"])
+    assert own["float"]["int4"] == _C.matmul_sharing(4, 1, 0) and set(own["int8"]) == set(tokens["tiles_from"]["int8"])
 
 
 def test_kernel_choices_in_words(isa, monkeypatch):
@@ -195,7 +195,7 @@ def test_command_kernels(capsys):
     out = capsys.readouterr().out
     for name, _ in _C.kernels():
         assert name in out
-    batch, tiles_from = _C.matmul_batching(8)
+    batch, tiles_from = _C.matmul_batching(8, 0)
     assert f"int4 {_C.matmul_sharing(4, 1, 0):,}" in out
     assert f"int8 {tiles_from}" in out and f"at most {batch} tokens" in out
 
@@ -229,12 +229,21 @@ def _doctor(**environment: str) -> tuple[int, dict]:
     return done.returncode, json.loads(done.stdout)
 
 
+def _isa_batching(isa: str, bits: int) -> int:
+    _C.set_isa(isa)
+    try:
+        return _C.matmul_batching(bits, 0)[1]
+    finally:
+        _C.set_isa("auto")
+
+
 def test_chosen_blocking():
     code, facts = _doctor(LOWBIT_TILES_FROM="int4=3,trit=40", LOWBIT_OWN_DIGIT_BYTES="2048", LOWBIT_ISA="avx2")
     tokens = facts["choices"]["matmul_tokens"]
     assert code == 0
     assert tokens["forced"] == {"LOWBIT_TILES_FROM": "int4=3,trit=40", "LOWBIT_OWN_DIGIT_BYTES": "2048"}
-    assert tokens["tiles_from"] == {"int2": 12, "int3": 12, "int4": 3, "int8": 12, "trit": 40}
+    own = {bits: _isa_batching("avx2", bits) for bits in (2, 3, 8)}
+    assert tokens["tiles_from"]["float"] == {"int2": own[2], "int3": own[3], "int4": 3, "int8": own[8], "trit": 40}
     assert tokens["own_digits"]["float"] == {"int2": 1024, "int3": 1024, "int4": 1024, "int8": 1024, "trit": 640}
 
 

@@ -47,7 +47,12 @@ def no_python(monkeypatch):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_rows_without_python(dtype, request):
-    ids = [torch.tensor(3), torch.tensor([32, 0], dtype=torch.int32), torch.randint(0, 33, (2, 3)), torch.empty(0, 2).int()]
+    ids = [
+        torch.tensor(3),
+        torch.tensor([32, 0], dtype=torch.int32),
+        torch.randint(0, 33, (2, 3)),
+        torch.empty(0, 2).int(),
+    ]
     cases = [(packed, some, packed.gather(some, dtype=dtype)) for packed in matrices() for some in ids]
     request.getfixturevalue("no_python")
     for packed, some, expected in cases:

@@ -146,8 +146,9 @@ LOWBIT_API lowbit_status lowbit_unpack(const lowbit_matrix* w, int64_t row_begin
 LOWBIT_API size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens, lowbit_activations activations);
 
 /* How lowbit_matmul takes tokens for a format at the allowed level: at most *batch at a time, whose activations lie as
- * tiles of 16 tokens from *tiles_from tokens on, and as rows below. */
-LOWBIT_API lowbit_status lowbit_matmul_batching(lowbit_format format, int64_t* batch, int64_t* tiles_from);
+ * tiles of 16 tokens, and as rows where fewer than *tiles_from are left: of fewer tokens than that, or of the last tile. */
+LOWBIT_API lowbit_status lowbit_matmul_batching(lowbit_format format, lowbit_activations activations, int64_t* batch,
+                                                int64_t* tiles_from);
 
 /* And how it takes rows of the matrix where activations lie as rows, at the levels avx512vnni and amx: one by one up to
  * *columns columns; beyond, the tokens' digits leave too little of this CPU's first-level cache, and two or four rows

@@ -71,21 +71,25 @@ def _show_choices(terminal: Terminal, choices: dict) -> None:
             for row in choice["rows"]
         ],
     )
-    batch = choices["matmul_tokens"]["batch"]
-    tiles_from = ", ".join(f"{name} {tokens}" for name, tokens in choices["matmul_tokens"]["tiles_from"].items())
+    tokens = choices["matmul_tokens"]
     terminal.print()
     terminal.line(
         "matmul",
-        f"activations lie as rows, from so many tokens on as tiles of 16: {tiles_from}; "
-        f"at most {batch} tokens at a time",
-    )
-    own = choices["matmul_tokens"]["own_digits"]
-    columns = "; ".join(
-        f"{mode} mode: " + ", ".join(f"{name} {most:,}" for name, most in formats.items())
-        for mode, formats in own.items()
+        f"activations lie as tiles of 16 tokens, as rows where fewer are left than {_by_mode(tokens['tiles_from'])}; "
+        f"at most {tokens['batch']} tokens at a time",
     )
     terminal.line(
-        "rows", f"of AVX-512 meet one token alone up to so many columns, beyond them several at once: {columns}"
+        "rows",
+        "of AVX-512 meet one token alone up to so many columns, beyond them several at once: "
+        + _by_mode(tokens["own_digits"]),
     )
-    for name, value in choices["matmul_tokens"]["forced"].items():
+    for name, value in tokens["forced"].items():
         terminal.line("", f"by {name}={value}")
+
+
+def _by_mode(numbers: dict[str, dict[str, int]]) -> str:
+    """ "float mode: int2 12, int3 11; int8 mode: int2 11, int3 9"."""
+    return "; ".join(
+        f"{mode} mode: " + ", ".join(f"{name} {number:,}" for name, number in formats.items())
+        for mode, formats in numbers.items()
+    )
