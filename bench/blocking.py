@@ -7,7 +7,7 @@
 
 Two thresholds decide how a product with few tokens is cut (csrc/dispatch/blocking.h). Tiles: the number of tokens from
 which activations lie as a tile of 16 tokens, as rows below; it holds for the tail of more than 16 too. Own digits: the
-bytes of digits up to which each row of the matrix reads them alone; beyond, rows share them (AVX-512). Both ways are
+bytes of digits up to which each row of the matrix reads them alone; beyond, rows share them. Both ways are
 timed in turns about each threshold, on matrices from DRAM, in both activation modes, and the threshold that takes the
 least time over all of them (the geometric mean) is printed with what lowbit's own costs beside it. Both ways give the
 same bits, so a line of the environment is all that the difference takes.
@@ -37,7 +37,6 @@ TILE_TOKENS = range(2, 17)
 TILE_COLUMNS = 4096
 LINES = 160_000  # of one matrix: 10 MB
 NEVER = 1 << 40
-SHARING = ("__avx512vnni", "__amx")  # kernels whose rows can share digits
 SECONDS = 0.02  # of a slice
 
 
@@ -169,6 +168,12 @@ def row(format: str, threshold: str, points: list[Point], own: int, is_beyond: C
     }
 
 
+def _shares(format: str) -> bool:
+    """Whether rows of the kernels in use can share digits."""
+    isa = _C.selected_kernel("matmul", abi.FORMATS[format]).partition("__")[2]
+    return isa != "ref" and not (format == "trit" and isa.startswith("avx") and isa != "avx512vnni")
+
+
 def rows_of(format: str, arena: torch.Tensor, rounds: int) -> list[dict]:
     bits = abi.FORMATS[format]
 
@@ -178,7 +183,7 @@ def rows_of(format: str, arena: torch.Tensor, rounds: int) -> list[dict]:
     points = tile_points(format, arena, rounds)
     own = tiles_from("float") - 1
     rows = [row(format, "tiles", points, own, lambda p: p.tokens >= tiles_from(p.activations))]
-    if not _C.selected_kernel("matmul", bits).endswith(SHARING):
+    if not _shares(format):
         return rows
 
     def columns(tokens: int, mode: str) -> int:  # up to which rows read their digits alone

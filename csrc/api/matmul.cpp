@@ -74,7 +74,7 @@ struct Prepared {
     rows.step += in_tiles * x.chunks_padded;
     rows.sum += in_tiles * x.chunks_padded;
     const int64_t digit_bytes = (x.high ? 2 : 1) * rows.tokens * x.cols_padded;
-    rows.rows_share = digit_bytes > own_digit_bytes(format, rows.tokens, l1_bytes(), blocking);
+    rows.rows_share = digit_bytes > own_digit_bytes(format, rows.tokens, isa, l1_bytes(), blocking);
   }
 };
 
@@ -279,10 +279,13 @@ lowbit_status lowbit_matmul_sharing(lowbit_format format, int64_t tokens, lowbit
   if (tokens < 1) return fail(LOWBIT_INVALID_ARGUMENT, "tokens: expected at least 1, got %" PRId64, tokens);
   if (!columns) return fail(LOWBIT_INVALID_ARGUMENT, "columns: expected a pointer, got NULL");
   LOWBIT_TRY(check_activations(activations));
+  Isa isa;
   BlockingChoice choice;
+  LOWBIT_TRY(allowed_isa(&isa));
   LOWBIT_TRY(chosen_blocking(format, &choice));
   const int64_t digits = activations == LOWBIT_ACT_FLOAT ? 2 : 1;
-  *columns = own_digit_bytes(format, tokens, l1_bytes(), choice) / digits / tokens / padding(format) * padding(format);
+  *columns =
+      own_digit_bytes(format, tokens, isa, l1_bytes(), choice) / digits / tokens / padding(format) * padding(format);
   return LOWBIT_OK;
 }
 

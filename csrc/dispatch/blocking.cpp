@@ -117,14 +117,20 @@ bool may_be_tiles(int64_t tokens, const BlockingChoice& choice) {
   return tokens >= (choice.tiles_from >= 0 ? choice.tiles_from : kLeastTileTokens);
 }
 
-// Measured on Zen 4 (32 KB), codes from DRAM, by bench/blocking.py: of one token 12 KB are level and 16 KB gain 5 to 15%; of
-// 2 to 4 tokens 16 KB gain 5 to 25% with int4 and int8, are level with int2 and lose 10% with int3, and 32 KB gain 15 to
-// 45%. Trits, most of whose time is decoding: of one token 16 KB are level and 22 KB gain 15%, of more 32 KB are level and
-// 44 KB gain 30%.
-int64_t own_digit_bytes(int format, int64_t tokens, int64_t l1_bytes, const BlockingChoice& choice) {
+// Measured on Zen 4 (32 KB), codes from DRAM, by bench/blocking.py. AVX-512: of one token 12 KB are level and 16 KB gain 5 to
+// 15%; of 2 to 4 tokens 16 KB gain 5 to 25% with int4 and int8, are level with int2 and lose 10% with int3, and 32 KB gain
+// 15 to 45%. Trits, most of whose time is decoding: of one token 16 KB are level and 22 KB gain 15%, of more 32 KB are
+// level and 44 KB gain 30%. AVX2, whose loops wait longer for their instructions: int4 and int8 as with AVX-512, int3
+// gains 10% with one token and loses 5% with more, int2 gains 10% from 48 KB on. AVX-VNNI: as AVX2, not measured.
+int64_t own_digit_bytes(int format, int64_t tokens, Isa isa, int64_t l1_bytes, const BlockingChoice& choice) {
   if (choice.own_digit_bytes >= 0) return choice.own_digit_bytes;
-  const bool one = tokens == 1, few_operations = format == LOWBIT_INT4 || format == LOWBIT_INT8;
-  const int64_t eighths = format == LOWBIT_TRIT ? (one ? 5 : 6) : one || few_operations ? 3 : 4;
+  const bool one = tokens == 1, narrow = isa < Isa::avx512vnni;
+  int64_t eighths = 3;
+  switch (format) {
+    case LOWBIT_INT2: eighths = narrow ? 12 : one ? 3 : 4; break;
+    case LOWBIT_INT3: eighths = !one && narrow ? 64 : one && !narrow ? 3 : 4; break;
+    case LOWBIT_TRIT: eighths = one ? 5 : 6; break;
+  }
   return l1_bytes * eighths / 8;
 }
 

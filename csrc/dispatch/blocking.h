@@ -27,6 +27,6 @@ bool may_be_tiles(int64_t tokens, const BlockingChoice& choice);
 
 // Digits of all tokens, in the rows layout, that leave enough of a first-level cache of so many bytes: beyond them several
 // rows of the matrix should read them together.
-int64_t own_digit_bytes(int format, int64_t tokens, int64_t l1_bytes, const BlockingChoice& choice = {});
+int64_t own_digit_bytes(int format, int64_t tokens, Isa isa, int64_t l1_bytes, const BlockingChoice& choice = {});
 
 }  // namespace lowbit

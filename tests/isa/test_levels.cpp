@@ -109,7 +109,13 @@ void test_sharing() {
     int64_t l1;
     int format;
     int64_t tokens, of_float, of_int8;
+    const char* isa = "avx512vnni";
   } const cases[] = {{32 << 10, 4, 1, 6144, 12288},
+                     {32 << 10, 4, 1, 6144, 12288, "amx"},
+                     {32 << 10, 4, 1, 6144, 12288, "avx2"},
+                     {32 << 10, 2, 1, 24576, 49152, "avx2"},
+                     {32 << 10, 3, 1, 8192, 16384, "avxvnni"},
+                     {32 << 10, 3, 2, 65536, 131072, "avx2"},
                      {32 << 10, 8, 1, 6144, 12288},
                      {48 << 10, 4, 1, 9216, 18432},
                      {32 << 10, 4, 2, 3072, 6144},
@@ -120,13 +126,14 @@ void test_sharing() {
                      {1024, 4, 3, 0, 0}};
   for (const auto& c : cases) {
     lowbit::l1_size = c.l1;
+    CHECK(lowbit_set_isa(c.isa) == LOWBIT_OK, "%s", lowbit_last_error());
     int64_t columns[2] = {-1, -1};
     for (const auto mode : {LOWBIT_ACT_FLOAT, LOWBIT_ACT_INT8})
       CHECK(lowbit_matmul_sharing(lowbit_format(c.format), c.tokens, mode, &columns[mode == LOWBIT_ACT_INT8]) ==
                 LOWBIT_OK,
             "%s", lowbit_last_error());
-    CHECK(columns[0] == c.of_float && columns[1] == c.of_int8, "%s, %ld tokens, %ld bytes: %ld and %ld columns",
-          format_name(c.format).c_str(), long(c.tokens), long(c.l1), long(columns[0]), long(columns[1]));
+    CHECK(columns[0] == c.of_float && columns[1] == c.of_int8, "%s at %s, %ld tokens, %ld bytes: %ld and %ld columns",
+          format_name(c.format).c_str(), c.isa, long(c.tokens), long(c.l1), long(columns[0]), long(columns[1]));
   }
   lowbit::l1_size = 32 << 10;
 }

@@ -80,7 +80,7 @@ def _show_choices(terminal: Terminal, choices: dict) -> None:
     )
     terminal.line(
         "rows",
-        "of AVX-512 meet one token alone up to so many columns, beyond them several at once: "
+        "of a matrix meet one token alone up to so many columns, beyond them several at once: "
         + _by_mode(tokens["own_digits"]),
     )
     for name, value in tokens["forced"].items():
