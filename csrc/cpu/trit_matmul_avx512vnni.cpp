@@ -2,11 +2,14 @@
 //
 // A chunk is 40960 columns, so that a row is ONE integer or very few: its planes meet the digits in vpdpbusd and are
 // added across the lanes once, for 16 rows together, whose scales, steps and results are then lanes too (row by row
-// that was half of the instructions of a row of 2560 columns). A line of 320 weights costs 11 operations to decode
-// (planes_avx512.h) and 5 vpdpbusd, 10 with two digits. On Zen 4 probably bound by the pipes that vpmaddubsw, vpermb and
-// vpdpbusd share: 4.2 and 6 ns a line, one thread, a clock between 2.2 and 3.4 GHz; where those pipes or the clock allow
-// it, by the memory. Where the digits leave little of the L1, two rows read them together (rows_avx512vnni.h): 1.05 to 1.15
-// times as fast for one token of 14336 columns, 1.35 to 1.55 times for 2 to 8.
+// that was half of the instructions of a row of 2560 columns). A line of 320 weights costs 12 operations to decode and 5
+// vpdpbusd, 10 with two digits. On Zen 4 bound by its pipes, which do 2 simple operations of 512 bits a clock, one shuffle
+// and one vpdpbusd, and by 6 or 11 loads, one a clock: 11.5 to 13 clocks a line and 17.5 to 20 (rows of 2560 columns and
+// more, from a cache), 3.2 and 4.9 ns at 3.67 GHz. Planes times factors (ScaledTritDecoder) took the decoding off the pipes of
+// vpdpbusd: 15 to 16 clocks before, 21 to 22 with two digits. With more products than registers for their sums planes are
+// decoded as they are.
+// Where the digits leave little of the L1, two rows read them together (rows_avx512vnni.h): 1.05 to 1.15 times as fast for
+// one token of 14336 columns, 1.35 to 1.55 times for 2 to 8.
 // Groups of columns with scales of their own and tiles of 16 tokens take the loops of all formats (rows_avx512vnni.h,
 // tiles_avx512vnni.h).
 #include "cpu/matmul_avx512vnni.h"
@@ -16,14 +19,38 @@ namespace {
 
 constexpr int kRowsTogether = 16;
 
+// Whether planes are decoded times a factor, which needs a sum for each: as far as 32 registers hold them.
+template <bool kTwoDigits, int kRows, int kTokens>
+constexpr bool kDecodesScaled = kRows * kTokens <= (kTwoDigits ? 1 : 4);
+
+template <bool kScaled>
+struct DecoderOf {
+  using Type = TritDecoder;
+};
+template <>
+struct DecoderOf<true> {
+  using Type = ScaledTritDecoder;
+};
+
+// In place where gcc 12 would copy the many sums of a loop back and forth; the intrinsic, whose digits need no register,
+// where it does not: each is up to 6% slower in the other's place.
+template <bool kInPlace>
+LOWBIT_INLINE void add_products(__m512i& sum, __m512i codes, __m512i digits) {
+  if (kInPlace)
+    add_products(sum, codes, digits);
+  else
+    sum = _mm512_dpbusd_epi32(sum, codes, digits);
+}
+
 // to[r][t] = the 16 partial sums of `lines` lines of row r, which begins at `line + r * apart`, and the token whose digits
 // there are high[t] and low[t]. kStream: the hint of the prefetch, known outside so that the loop has no branch.
-template <bool kTwoDigits, bool kStream, int kRows, int kTokens>
-LOWBIT_INLINE void row_sums(const TritDecoder& trits, const uint8_t* line, int64_t apart, int64_t lines,
+template <bool kTwoDigits, bool kStream, int kRows, int kTokens, class Decoder>
+LOWBIT_INLINE void row_sums(const Decoder& trits, const uint8_t* line, int64_t apart, int64_t lines,
                             const int8_t* const* high, const int8_t* const* low, int64_t ahead,
                             __m512i (&to)[kRows][kTokens]) {
-  // Several sums for each digit: a chain of five products a line would wait for itself.
-  constexpr int kSums = kRows * kTokens == 1 ? kTritPlanes : kRows * kTokens == 2 ? 2 : 1;
+  constexpr bool kScaled = Decoder::kScales > 1;
+  // A sum for each factor; else several for each digit, as a chain of five products a line would wait for itself.
+  constexpr int kSums = kScaled ? Decoder::kScales : kRows * kTokens == 1 ? kTritPlanes : kRows * kTokens == 2 ? 2 : 1;
   __m512i h[kRows][kTokens][kSums], l[kRows][kTokens][kSums];
   for (int r = 0; r < kRows; r++)
     for (int t = 0; t < kTokens; t++)
@@ -34,16 +61,17 @@ LOWBIT_INLINE void row_sums(const TritDecoder& trits, const uint8_t* line, int64
     __m512i planes[kRows][kTritPlanes];
     for (int r = 0; r < kRows; r++) {
       prefetch(line + r * apart, Ahead{ahead, kStream});
-      trits.decode(_mm512_loadu_si512(line + r * apart), planes[r]);
+      const __m512i codes = _mm512_loadu_si512(line + r * apart);
+      trits.decode(codes, planes[r]);
     }
     for (int t = 0; t < kTokens; t++)
       for (int p = 0; p < kTritPlanes; p++) {
-        const int i = p % kSums;
+        const int i = kScaled ? Decoder::scale(p) : p % kSums;
         const __m512i digits = _mm512_loadu_si512(low[t] + at + p * 64);
         const __m512i digits256 = kTwoDigits ? _mm512_loadu_si512(high[t] + at + p * 64) : digits;
         for (int r = 0; r < kRows; r++) {
-          if (kTwoDigits) h[r][t][i] = _mm512_dpbusd_epi32(h[r][t][i], planes[r][p], digits256);
-          l[r][t][i] = _mm512_dpbusd_epi32(l[r][t][i], planes[r][p], digits);
+          if (kTwoDigits) add_products<kScaled>(h[r][t][i], planes[r][p], digits256);
+          add_products<kScaled>(l[r][t][i], planes[r][p], digits);
         }
       }
     at += kTritPlanes * 64;
@@ -51,9 +79,10 @@ LOWBIT_INLINE void row_sums(const TritDecoder& trits, const uint8_t* line, int64
   } while (line != end);
   for (int r = 0; r < kRows; r++)
     for (int t = 0; t < kTokens; t++) {
-      for (int i = 1; i < kSums; i++) {
-        if (kTwoDigits) h[r][t][0] = _mm512_add_epi32(h[r][t][0], h[r][t][i]);
-        l[r][t][0] = _mm512_add_epi32(l[r][t][0], l[r][t][i]);
+      for (int i = 1; i < kSums; i++) {  // exact: a multiple of the scale, and of either digit in 32 bits
+        const int shift = kScaled ? 2 * i : 0;
+        if (kTwoDigits) h[r][t][0] = _mm512_add_epi32(h[r][t][0], _mm512_srai_epi32(h[r][t][i], shift));
+        l[r][t][0] = _mm512_add_epi32(l[r][t][0], _mm512_srai_epi32(l[r][t][i], shift));
       }
       to[r][t] = kTwoDigits ? _mm512_add_epi32(l[r][t][0], _mm512_slli_epi32(h[r][t][0], 8)) : l[r][t][0];
     }
@@ -69,8 +98,9 @@ LOWBIT_INLINE __m512i add_lanes(__m512i (&sums)[kRowsTogether]) {
 
 // Rows [n, n + count) and tokens [m, m + kTokens), kRows at a time.
 template <bool kTwoDigits, int kRows, int kTokens>
-LOWBIT_INLINE void rows_by_tokens(const TritDecoder& trits, const lowbit_matrix* w, const Activations* x, int64_t n,
-                                  int64_t count, int64_t m, Ahead ahead, float* out, int64_t out_stride) {
+LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, int64_t n, int64_t count, int64_t m,
+                                  Ahead ahead, float* out, int64_t out_stride) {
+  const typename DecoderOf<kDecodesScaled<kTwoDigits, kRows, kTokens>>::Type trits;
   constexpr int64_t kLines = kTritChunk / (kTritPlanes * kPlaneCodes);  // of a chunk
   const int64_t lines = row_lines(kTrit, w->cols), row_bytes = lines * kLineBytes;
   const int64_t apart = count / kRows;
@@ -128,12 +158,11 @@ LOWBIT_INLINE void rows_by_tokens(const TritDecoder& trits, const lowbit_matrix*
 
 template <bool kTwoDigits, int kRows>
 void whole_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
-  const TritDecoder trits;
   const Ahead ahead = prefetch_ahead<kTrit>((kTwoDigits ? 2 : 1) * x->cols_padded);
   for (int64_t n = n0; n < n1; n += kRowsTogether) {
     const int64_t count = n1 - n < kRowsTogether ? n1 - n : kRowsTogether;
     each_pass<kMostTokens<kTwoDigits>>(x->tokens, [&](auto width, int64_t m) __attribute__((always_inline)) {
-      rows_by_tokens<kTwoDigits, kRows, width.value>(trits, w, x, n, count, m, ahead, out + n - n0, out_stride);
+      rows_by_tokens<kTwoDigits, kRows, width.value>(w, x, n, count, m, ahead, out + n - n0, out_stride);
     });
   }
 }
