@@ -143,8 +143,8 @@ class Activated {
     view_.chunks = lowbit::ceil_div(cols, view_.chunk);
     view_.chunks_padded = lowbit::ceil_div(view_.chunks, lowbit::kSlots) * lowbit::kSlots;
     view_.token_step = trit && int8_mode;
-    view_.rows_share =
-        (int8_mode ? 1 : 2) * tokens * view_.cols_padded > lowbit::own_digit_bytes(bits, tokens, isa, lowbit::l1_bytes());
+    view_.rows_share = (int8_mode ? 1 : 2) * tokens * view_.cols_padded >
+                       lowbit::own_digit_bytes(bits, tokens, isa, lowbit::l1_bytes());
     const bool tiles = view_.layout == lowbit::Activations::kTiles;
     const int64_t places = tiles ? lowbit::ceil_div(tokens, lowbit::kLanes) * lowbit::kLanes : tokens;
     const int64_t digits = lowbit::ceil_div(places * view_.cols_padded, 64) * 64;
