@@ -216,10 +216,10 @@ void multiply(Group& group, Scratch& scratch, const void* x, lowbit_dtype dtype,
         int64_t first = 0;  // of the part
         for (int i = 0; i < prepared.count; first += prepared.parts[i++].tokens) {
           const Activations& part = prepared.parts[i];
-          const int64_t m0 = begin > first ? begin - first : 0,
-                        m1 = (end - first < part.tokens ? end - first : part.tokens);
-          const char* tokens_of_part = from + first * x_stride * dtype_bytes(dtype);
-          if (m0 < m1) quantize(tokens_of_part, dtype, x_stride, prepared.perm, m0, m1, &part);
+          const int64_t m0 = begin > first ? begin - first : 0;
+          const int64_t m1 = end - first < part.tokens ? end - first : part.tokens;
+          const char* of_part = from + first * x_stride * dtype_bytes(dtype);
+          if (m0 < m1) quantize(of_part, dtype, x_stride, prepared.perm, m0, m1, &part);
         }
       });
     }
