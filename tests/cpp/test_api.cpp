@@ -220,7 +220,8 @@ int main() {
   REFUSED(lowbit_matmul_sharing(LOWBIT_INT4, 0, LOWBIT_ACT_FLOAT, &columns), bad, "tokens");
   REFUSED(lowbit_matmul_sharing(LOWBIT_INT4, 1, lowbit_activations(7), &columns), bad, "activations");
   REFUSED(lowbit_matmul_sharing(LOWBIT_INT4, 1, LOWBIT_ACT_FLOAT, nullptr), bad, "columns");
-  CHECK(lowbit_matmul_batching(LOWBIT_INT4, LOWBIT_ACT_INT8, &batch, &tiles_from) == LOWBIT_OK && 1 < tiles_from && tiles_from < batch,
+  CHECK(lowbit_matmul_batching(LOWBIT_INT4, LOWBIT_ACT_INT8, &batch, &tiles_from) == LOWBIT_OK && 1 < tiles_from &&
+            tiles_from < batch,
         "batches of %ld, tiles from %ld", long(batch), long(tiles_from));
   REFUSED(lowbit_set_matmul_blocking(lowbit_format(5), 4, 4), bad, "format");
   REFUSED(lowbit_set_matmul_blocking(LOWBIT_INT4, 0, 4), bad, "tiles_from");
