@@ -1,6 +1,6 @@
 """Which blocking of products is best on this machine, beside lowbit's own choice: for CPUs that nobody measured.
 
-    python bench/blocking.py                        every format: 4 minutes
+    python bench/blocking.py                        every format: 2 minutes
     python bench/blocking.py --formats int4 trit
     python bench/blocking.py --json FILE            and a result file
     LOWBIT_ISA=avx2 python bench/blocking.py        of another level
