@@ -1,13 +1,14 @@
 """The torch side: operators under opcheck and torch.compile, gradients, modules that swap and share their weights."""
 
 import copy
+import os
 
 import pytest
 import torch
 from test_matrix import random_matrix
 from torch.library import opcheck
 
-from lowbit import PackedMatrix
+from lowbit import PackedMatrix, ops
 from lowbit.nn import Embedding, EmbeddingBag, Linear
 
 
@@ -46,6 +47,13 @@ def test_gradients_of_input_and_bias(perm):
     assert torch.allclose(x.grad, weights @ packed.unpack(), atol=1e-5)
     assert torch.allclose(module.bias.grad, weights.sum((0, 1)), atol=1e-5)
     assert all(not p.requires_grad for name, p in module.named_parameters() if name != "bias")
+
+
+def test_operators_need_no_python_where_torch_has_its_stable_abi():
+    """test_torch_kernels.py has what they do; it is skipped where they are not."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    wanted = (2, 10) <= (major, minor) < (3, 0) and os.environ.get("LOWBIT_TORCH_KERNELS") != "python"
+    assert ops._NATIVE == wanted
 
 
 def test_compile_fullgraph_gives_the_same_bits():
