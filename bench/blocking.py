@@ -171,7 +171,7 @@ def row(format: str, threshold: str, points: list[Point], own: int, is_beyond: C
 def _shares(format: str) -> bool:
     """Whether rows of the kernels in use can share digits."""
     isa = _C.selected_kernel("matmul", abi.FORMATS[format]).partition("__")[2]
-    return isa != "ref" and not (format == "trit" and isa.startswith("avx") and isa != "avx512vnni")
+    return isa in ("avx512vnni", "amx") or (isa != "ref" and format != "trit")
 
 
 def rows_of(format: str, arena: torch.Tensor, rounds: int) -> list[dict]:
