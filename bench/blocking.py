@@ -190,7 +190,7 @@ def rows_of(format: str, arena: torch.Tensor, rounds: int) -> list[dict]:
         return _C.matmul_sharing(bits, tokens, abi.ACTIVATIONS[mode])
 
     points = sharing_points(format, arena, rounds)
-    own = 2 * columns(1, "float")  # with more tokens a format may take another share of the cache
+    own = min(2 * columns(1, "float"), NEVER)  # other modes and more tokens may have another
     return [*rows, row(format, "own digits", points, own, lambda p: p.columns > columns(p.tokens, p.activations))]
 
 

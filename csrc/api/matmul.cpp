@@ -74,7 +74,7 @@ struct Prepared {
     rows.step += in_tiles * x.chunks_padded;
     rows.sum += in_tiles * x.chunks_padded;
     const int64_t digit_bytes = (x.high ? 2 : 1) * rows.tokens * x.cols_padded;
-    rows.rows_share = digit_bytes > own_digit_bytes(format, rows.tokens, isa, l1_bytes(), blocking);
+    rows.rows_share = digit_bytes > own_digit_bytes(format, mode, rows.tokens, isa, l1_bytes(), blocking);
   }
 };
 
@@ -284,8 +284,8 @@ lowbit_status lowbit_matmul_sharing(lowbit_format format, int64_t tokens, lowbit
   LOWBIT_TRY(allowed_isa(&isa));
   LOWBIT_TRY(chosen_blocking(format, &choice));
   const int64_t digits = activations == LOWBIT_ACT_FLOAT ? 2 : 1;
-  *columns =
-      own_digit_bytes(format, tokens, isa, l1_bytes(), choice) / digits / tokens / padding(format) * padding(format);
+  const int64_t own = own_digit_bytes(format, activations, tokens, isa, l1_bytes(), choice);
+  *columns = own == kNoSharing ? own : own / digits / tokens / padding(format) * padding(format);
   return LOWBIT_OK;
 }
 

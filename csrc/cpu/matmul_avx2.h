@@ -18,6 +18,7 @@
 
 #include "cpu/planes_avx2.h"
 #include "cpu/row_codes.h"
+#include "cpu/row_streams.h"
 
 namespace lowbit {
 namespace {
@@ -248,30 +249,27 @@ __attribute__((noinline)) void each_row(const lowbit_matrix* w, const Activation
   }
 }
 
-// kRows at a time from as many places, so that each is read as a stream of its own, and what is left of them one by one:
-// first with some of the tokens, then with the next.
+// kRows that share digits: first with some of the tokens, then with the next.
 template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
 __attribute__((noinline)) void rows_apart(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1,
-                                          int64_t m, Ahead ahead, float* out, int64_t out_stride) {
-  const int64_t apart = (n1 - n0) / kRows;
-  int64_t n = n0;
-  for (; n < n0 + apart; n++)
-    rows_by_tokens<kBits, kChunk, kTwoDigits, kRows, kTokens>(w, x, n, apart, m, ahead, out + n - n0, out_stride);
-  for (n = n0 + kRows * apart; n < n1; n++)
-    rows_by_tokens<kBits, kChunk, kTwoDigits, 1, kTokens>(w, x, n, 0, m, ahead, out + n - n0, out_stride);
+                                          int64_t m, float* out, int64_t out_stride) {
+  each_stream_row<kBits, kRows>(w, n0, n1, [&](auto rows, int64_t n, int64_t apart, Ahead ahead)
+                                               __attribute__((always_inline)) {
+    rows_by_tokens<kBits, kChunk, kTwoDigits, rows.value, kTokens>(w, x, n, apart, m, ahead, out + n - n0, out_stride);
+  });
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
 void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
   constexpr bool kCanShare = kBits != kTrit && kChunk >= 32;
   constexpr int kTogether = kParts<kBits> == 2 && kTwoDigits ? 1 : 2;  // tokens: what 16 registers hold of two rows
-  const Ahead ahead = prefetch_ahead<kBits>((kTwoDigits ? 2 : 1) * x->cols_padded);
+  const Ahead ahead = prefetch_ahead<false>();
   if (!kCanShare || !x->rows_share) return each_row<kBits, kChunk, kTwoDigits>(w, x, n0, n1, ahead, out, out_stride);
   if constexpr (kCanShare) {
     int64_t m = 0;
     for (; m + kTogether <= x->tokens; m += kTogether)
-      rows_apart<kBits, kChunk, kTwoDigits, 2, kTogether>(w, x, n0, n1, m, ahead, out, out_stride);
-    if (m < x->tokens) rows_apart<kBits, kChunk, kTwoDigits, 2, 1>(w, x, n0, n1, m, ahead, out, out_stride);
+      rows_apart<kBits, kChunk, kTwoDigits, 2, kTogether>(w, x, n0, n1, m, out, out_stride);
+    if (m < x->tokens) rows_apart<kBits, kChunk, kTwoDigits, 2, 1>(w, x, n0, n1, m, out, out_stride);
   }
 }
 

@@ -40,7 +40,7 @@ LOWBIT_INLINE __m512i peel(const uint8_t* row, int64_t plane, int64_t planes, Ah
     const uint8_t* lines = kHalf ? row + plane / 8 * 192 : row + plane * 24 + i / 8 * 192;
     const uint8_t* high_line = lines + (planes - group < 5 ? 64 : 128);
     if (kFetch && i % 4 == 0) prefetch(lines + j * 64, ahead);
-    if (kFetch && i % 8 == 0 && j == 0) prefetch(lines + 128, ahead);
+    if (kFetch && i % 8 == 0 && j == 0) prefetch(high_line, ahead);
     const __m512i low = _mm512_loadu_si512(lines + j * 64);
     __m512i high = _mm512_loadu_si512(high_line);
     // The high bits of line 1 lie two below those of line 0: bits 2, 3, 6, 7 now belong to planes 0, 1, 2, 3.

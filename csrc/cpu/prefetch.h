@@ -12,32 +12,33 @@ namespace {
 
 LOWBIT_INLINE void prefetch(const uint8_t* line) { _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0); }
 
-// How a loop over consecutive lines runs ahead of itself, in bytes; `stream`: with the hint that keeps the lines from
-// driving others out of L1 (NTA).
+// How a loop over consecutive lines runs ahead of itself: by how many bytes (0: it does not), and whether into L2 alone.
 struct Ahead {
   int64_t bytes = 0;
-  bool stream = false;
+  bool l2 = false;
 };
 
 LOWBIT_INLINE void prefetch(const uint8_t* line, Ahead ahead) {
-  if (ahead.stream)
-    _mm_prefetch(reinterpret_cast<const char*>(line + ahead.bytes), _MM_HINT_NTA);
+  if (ahead.l2)
+    _mm_prefetch(reinterpret_cast<const char*>(line + ahead.bytes), _MM_HINT_T1);
   else
     prefetch(line + ahead.bytes);
 }
 
-// The choice for codes of kBits that meet `digit_bytes` of activations in every row.
+// The choice for a loop over one row after the other. kFast: it would keep up with the memory if that were nearer.
 // Intel (Sapphire Rapids): 2-4 KB into L1 doubled the rate of a row loop from DRAM.
-// AMD (Zen 4): prefetching into L1 or L2 costs, presumably because lines asked for by software no longer train the
-// prefetchers of the hardware (int4 / int8, two digits, share of a plain read: .86 / .86 without, .67 / .73 with 4 KB
-// into L2). With NTA it pays where the loop is not bound by the memory: int3 and int2 gain 5-10%, and 20-25% once the
-// digits take most of the L1 (K = 11008); int4 gains 13% then and loses 5% before; int8 never gains.
-template <int kBits>
-LOWBIT_INLINE Ahead prefetch_ahead(int64_t digit_bytes) {
+// AMD (Zen 4): the hardware runs some 20 lines ahead of what a loop has asked for, and a loop of many operations a line asks
+// late. 8 KB into L2 make it 1.03 to 1.2 times as fast, 1.3 to 1.75 where the digits take most of the L1; a faster loop
+// loses up to 15%, as does every loop with less than 4 KB. L1 is no place for lines: while they wait the digits drive
+// them out (NTA 2 KB ahead cost 30 to 45% at 11008 columns).
+template <bool kFast>
+LOWBIT_INLINE Ahead prefetch_ahead() {
   if (!__builtin_cpu_is("amd")) return {4096, false};
-  const bool pays = kBits < 4 || (kBits == 4 && digit_bytes > 16384);
-  return pays ? Ahead{2048, true} : Ahead{};
+  return kFast ? Ahead{} : Ahead{8192, true};
 }
+
+// For rows that are read as several streams, one beside the other: at least so many bytes, and whole rows (row_streams.h).
+constexpr int64_t kStreamAhead = 3072;
 
 }  // namespace
 }  // namespace lowbit

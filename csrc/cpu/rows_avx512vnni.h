@@ -6,11 +6,9 @@
 // and int8 (.95 of a plain read, two threads of Zen 4 at 37 GB/s; .86 at 60), by issue for int2 and int3 there: for int4
 // and two digits a line costs 4 vpdpbusd, 6 loads and about 8 other operations, 2.0 ns from L2.
 //
-// Where the digits leave little of the L1 (x->rows_share), every line would wait for them to come from L2. Four rows then
-// (int2: two) read each digit once: from DRAM, Zen 4, 8192 to 28672 columns, 1.05 to 1.4 times as fast for one token, 1.3 to
-// 1.8 times for 2 to 4. The rows lie a quarter of the block apart: consecutive ones share pages, and their streams defeat
-// the hardware's prefetchers. Digits that fit do not need it: two rows are 1.15 to 1.45 times as fast from a cache, but
-// .93 to 1.0 times from DRAM, as are other ways to make the loop shorter (each line loaded once, no checks in whole blocks).
+// Two rows (int8: three) read each digit once where that pays (x->rows_share, blocking.cpp): with several tokens, in float
+// mode, and where the digits leave little of the L1, so that every line would wait for them to come from L2. It pays with
+// lines asked for in time alone (row_streams.h); from a cache it is 1.1 to 1.25 times as fast for one token.
 // Walking the columns in pieces whose digits fit, 64 rows a piece, is .55 to .85 times as fast: 2 KB of a row are too short
 // a stream for the prefetchers, with the next row's piece asked for by software too.
 #ifndef LOWBIT_CPU_ROWS_AVX512VNNI_H
@@ -19,6 +17,7 @@
 #include "cpu/lanes_avx512.h"
 #include "cpu/planes_avx512.h"
 #include "cpu/row_codes.h"
+#include "cpu/row_streams.h"
 
 namespace lowbit {
 namespace {
@@ -161,18 +160,13 @@ LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, 
     for (int t = 0; t < kTokens; t++) out[(m + t) * out_stride + r * apart] = LanesAvx512::sum(acc[r * kTokens + t]);
 }
 
-template <int kTokens>
-struct Width {
-  static constexpr int value = kTokens;
-};
-
-// Calls pass(Width, first token) for all tokens: kMost at a time, then two, then one.
+// Calls pass(Count, first token) for all tokens: kMost at a time, then two, then one.
 template <int kMost, class Pass>
 LOWBIT_INLINE void each_pass(int64_t tokens, Pass&& pass) {
   int64_t m = 0;
-  for (; m + kMost <= tokens; m += kMost) pass(Width<kMost>(), m);
-  if (kMost > 2 && m + 2 <= tokens) pass(Width<2>(), m), m += 2;
-  if (m < tokens) pass(Width<1>(), m);
+  for (; m + kMost <= tokens; m += kMost) pass(Count<kMost>(), m);
+  if (kMost > 2 && m + 2 <= tokens) pass(Count<2>(), m), m += 2;
+  if (m < tokens) pass(Count<1>(), m);
 }
 
 // Tokens that share the codes of a row: what 32 registers hold.
@@ -189,29 +183,27 @@ __attribute__((noinline)) void each_row(const lowbit_matrix* w, const Activation
     });
 }
 
-// kRows at a time from as many places, so that each is read as a stream of its own, and what is left of them one by one:
-// first with some of the tokens, then with the next.
+// kRows that share digits: first with some of the tokens, then with the next.
 template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
 __attribute__((noinline)) void rows_apart(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1,
-                                          int64_t m, Ahead ahead, float* out, int64_t out_stride) {
-  ahead.stream = true;  // said here, for a branch at every line of four rows would need more registers than there are
-  const int64_t apart = (n1 - n0) / kRows;
-  int64_t n = n0;
-  for (; n < n0 + apart; n++)
-    rows_by_tokens<kBits, kChunk, kTwoDigits, kRows, kTokens>(w, x, n, apart, m, ahead, out + n - n0, out_stride);
-  for (n = n0 + kRows * apart; n < n1; n++)
-    rows_by_tokens<kBits, kChunk, kTwoDigits, 1, kTokens>(w, x, n, 0, m, ahead, out + n - n0, out_stride);
+                                          int64_t m, float* out, int64_t out_stride) {
+  constexpr bool kFast = kBits == 8 && !kTwoDigits && kTokens == 1;  // see prefetch_ahead
+  each_stream_row<kBits, kRows>(w, n0, n1, [&](auto rows, int64_t n, int64_t apart, Ahead ahead)
+                                               __attribute__((always_inline)) {
+    if (kFast) ahead.bytes = 0;
+    rows_by_tokens<kBits, kChunk, kTwoDigits, rows.value, kTokens>(w, x, n, apart, m, ahead, out + n - n0, out_stride);
+  });
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>
 void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
-  constexpr int kSharing = kBits == kTrit || kChunk < 32 ? 1 : kBits == 2 ? 2 : 4;  // rows that share digits
-  const Ahead ahead = prefetch_ahead<kBits>((kTwoDigits ? 2 : 1) * x->cols_padded);
+  constexpr int kSharing = kBits == kTrit || kChunk < 32 ? 1 : kBits == 8 ? 3 : 2;  // rows that share digits
+  constexpr bool kFast = kBits == 8 || (kBits == 4 && kSharing > 1 && !kTwoDigits);
   if (kSharing == 1 || !x->rows_share)
-    each_row<kBits, kChunk, kTwoDigits>(w, x, n0, n1, ahead, out, out_stride);
+    each_row<kBits, kChunk, kTwoDigits>(w, x, n0, n1, prefetch_ahead<kFast>(), out, out_stride);
   else
     each_pass<kMostTokens<kTwoDigits>>(x->tokens, [&](auto width, int64_t m) {
-      rows_apart<kBits, kChunk, kTwoDigits, kSharing, width.value>(w, x, n0, n1, m, ahead, out, out_stride);
+      rows_apart<kBits, kChunk, kTwoDigits, kSharing, width.value>(w, x, n0, n1, m, out, out_stride);
     });
 }
 

@@ -123,7 +123,7 @@ LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, 
     const uint8_t* first = w->codes + n * row_bytes + begin * kLineBytes;
     auto multiply = [&](int64_t r, auto& together) {
       const uint8_t* line = first + r * row_bytes;
-      if (ahead.stream)
+      if (ahead.l2)
         row_sums<kTwoDigits, true>(trits, line, apart * row_bytes, end - begin, high, low, ahead.bytes, together);
       else
         row_sums<kTwoDigits, false>(trits, line, apart * row_bytes, end - begin, high, low, ahead.bytes, together);
@@ -158,7 +158,9 @@ LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, 
 
 template <bool kTwoDigits, int kRows>
 void whole_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
-  const Ahead ahead = prefetch_ahead<kTrit>((kTwoDigits ? 2 : 1) * x->cols_padded);
+  Ahead ahead = prefetch_ahead<false>();
+  // Rows together are as many streams, each of a few rows: the next rows of each are those of the next call.
+  if (kRows > 1) ahead = {kRowsTogether * row_lines(kTrit, w->cols) * kLineBytes, true};
   for (int64_t n = n0; n < n1; n += kRowsTogether) {
     const int64_t count = n1 - n < kRowsTogether ? n1 - n : kRowsTogether;
     each_pass<kMostTokens<kTwoDigits>>(x->tokens, [&](auto width, int64_t m) __attribute__((always_inline)) {

@@ -117,19 +117,25 @@ bool may_be_tiles(int64_t tokens, const BlockingChoice& choice) {
   return tokens >= (choice.tiles_from >= 0 ? choice.tiles_from : kLeastTileTokens);
 }
 
-// Measured on Zen 4 (32 KB), codes from DRAM, by bench/blocking.py. AVX-512: of one token 12 KB are level and 16 KB gain 5 to
-// 15%; of 2 to 4 tokens 16 KB gain 5 to 25% with int4 and int8, are level with int2 and lose 10% with int3, and 32 KB gain
-// 15 to 45%. Trits, most of whose time is decoding: of one token 16 KB are level and 22 KB gain 15%, of more 32 KB are
-// level and 44 KB gain 30%. AVX2, whose loops wait longer for their instructions: int4 and int8 as with AVX-512, int3
-// gains 10% with one token and loses 5% with more, int2 gains 10% from 48 KB on. AVX-VNNI: as AVX2, not measured.
-int64_t own_digit_bytes(int format, int64_t tokens, Isa isa, int64_t l1_bytes, const BlockingChoice& choice) {
+// Measured on Zen 4 (32 KB), codes from DRAM at 33 and at 50 GB/s, by bench/blocking.py.
+// AVX-512, where rows share: of float mode's two digits the loops of int2, int3 and int4 are always 1.02 to 1.2 times as fast
+// (1.1 to 1.4 from 16 KB of digits on); int8's, which are bound by the memory, from 16 KB on. In int8 mode int2 and int3
+// gain 1.0 to 1.15 times with one token and lose up to 9% with more while digits are few; int4 loses 1 to 8% up to 8 KB
+// (and gains 1.2 times from a cache). Trits are level where not said.
+// AVX2: with lines asked for in time (prefetch.h) a row for itself is 1.0 to 1.5 times as fast as two that share, but for
+// int4, one token and digits that fill the cache. AVX-VNNI: as AVX2, not measured.
+int64_t own_digit_bytes(int format, lowbit_activations mode, int64_t tokens, Isa isa, int64_t l1_bytes,
+                        const BlockingChoice& choice) {
   if (choice.own_digit_bytes >= 0) return choice.own_digit_bytes;
-  const bool one = tokens == 1, narrow = isa < Isa::avx512vnni;
-  int64_t eighths = 3;
+  const bool one = tokens == 1, two_digits = mode == LOWBIT_ACT_FLOAT;
+  if (isa < Isa::avx512vnni) return format == LOWBIT_INT4 && one && two_digits ? l1_bytes * 7 / 8 : kNoSharing;
+  int64_t eighths = 0;
   switch (format) {
-    case LOWBIT_INT2: eighths = narrow ? 12 : one ? 3 : 4; break;
-    case LOWBIT_INT3: eighths = !one && narrow ? 64 : one && !narrow ? 3 : 4; break;
-    case LOWBIT_TRIT: eighths = one ? 5 : 6; break;
+    case LOWBIT_INT2:
+    case LOWBIT_INT3: eighths = one || two_digits ? 0 : 4; break;
+    case LOWBIT_INT4: eighths = two_digits ? 0 : 2; break;
+    case LOWBIT_INT8: eighths = 3; break;
+    case LOWBIT_TRIT: eighths = two_digits ? 3 : one ? 5 : 6; break;
   }
   return l1_bytes * eighths / 8;
 }

@@ -25,8 +25,10 @@ int64_t tokens_in_tiles(int format, lowbit_activations mode, int64_t tokens, Isa
 // Whether any level would have some in tiles: scratch is sized for all levels alike.
 bool may_be_tiles(int64_t tokens, const BlockingChoice& choice);
 
-// Digits of all tokens, in the rows layout, that leave enough of a first-level cache of so many bytes: beyond them several
-// rows of the matrix should read them together.
-int64_t own_digit_bytes(int format, int64_t tokens, Isa isa, int64_t l1_bytes, const BlockingChoice& choice = {});
+// Digits of all tokens, in the rows layout, up to which each row of the matrix should read them for itself beside a
+// first-level cache of so many bytes; beyond, several rows read them together. kNoSharing: they never should.
+constexpr int64_t kNoSharing = INT64_MAX;
+int64_t own_digit_bytes(int format, lowbit_activations mode, int64_t tokens, Isa isa, int64_t l1_bytes,
+                        const BlockingChoice& choice = {});
 
 }  // namespace lowbit

@@ -110,8 +110,8 @@ def kernel_choices() -> dict[str, Any]:
     the table for them, best first: "name" and "why", "" for the selected one, else why it is not.
     "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", by mode and format the
     number from which activations lie as a tile of 16 tokens; fewer, or a tail of fewer, as rows. "own_digits": by mode
-    and format, the columns up to which rows of a product with one token read its digits alone (the first-level cache
-    allows no more). "forced": the environment's variables that chose either.
+    and format, the columns up to which rows of a product with one token read its digits one by one, and several together
+    beyond; None: one by one, however many. "forced": the environment's variables that chose either.
     """
     import torch  # noqa: F401  before _C, see above
 
@@ -140,11 +140,18 @@ def kernel_choices() -> dict[str, Any]:
         },
     }
     tokens["own_digits"] = {
-        mode: {name: _C.matmul_sharing(bits, 1, number) for name, bits in FORMATS.items()}
+        mode: {name: _own_columns(bits, number) for name, bits in FORMATS.items()}
         for mode, number in ACTIVATIONS.items()
     }
     tokens["forced"] = {name: os.environ[name] for name in _BLOCKING if os.environ.get(name)}
     return {"kernels": choices, "matmul_tokens": tokens}
+
+
+def _own_columns(bits: int, activations: int) -> int | None:
+    from lowbit import _C
+
+    columns = _C.matmul_sharing(bits, 1, activations)
+    return None if columns == 2**63 - 1 else columns
 
 
 def _verbs() -> dict[str, dict[str, int]]:

@@ -150,9 +150,9 @@ LOWBIT_API size_t lowbit_matmul_workspace(const lowbit_matrix* w, int64_t tokens
 LOWBIT_API lowbit_status lowbit_matmul_batching(lowbit_format format, lowbit_activations activations, int64_t* batch,
                                                 int64_t* tiles_from);
 
-/* And how it takes rows of the matrix where activations lie as rows: one by one up to *columns columns; beyond, the
- * tokens' digits leave too little of this CPU's first-level cache, and two or four rows read them together (not groups of
- * 16 columns, nor trits in groups; trits at the levels avx512vnni and amx alone, and nothing at ref). */
+/* And how it takes rows of the matrix where activations lie as rows: one by one up to *columns columns (INT64_MAX: always);
+ * beyond, two or three rows read the tokens' digits together (not groups of 16 columns, nor trits in groups; trits at the
+ * levels avx512vnni and amx alone, and nothing at ref). */
 LOWBIT_API lowbit_status lowbit_matmul_sharing(lowbit_format format, int64_t tokens, lowbit_activations activations,
                                                int64_t* columns);
 

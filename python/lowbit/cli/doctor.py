@@ -80,16 +80,17 @@ def _show_choices(terminal: Terminal, choices: dict) -> None:
     )
     terminal.line(
         "rows",
-        "of a matrix meet one token alone up to so many columns, beyond them several at once: "
+        "of a matrix meet one token alone up to so many columns, several at once beyond them: "
         + _by_mode(tokens["own_digits"]),
     )
     for name, value in tokens["forced"].items():
         terminal.line("", f"by {name}={value}")
 
 
-def _by_mode(numbers: dict[str, dict[str, int]]) -> str:
-    """ "float mode: int2 12, int3 11; int8 mode: int2 11, int3 9"."""
+def _by_mode(numbers: dict[str, dict[str, int | None]]) -> str:
+    """ "float mode: int2 12, int3 11; int8 mode: int2 11, int3 any"."""
     return "; ".join(
-        f"{mode} mode: " + ", ".join(f"{name} {number:,}" for name, number in formats.items())
+        f"{mode} mode: "
+        + ", ".join(f"{name} {'any' if number is None else f'{number:,}'}" for name, number in formats.items())
         for mode, formats in numbers.items()
     )
