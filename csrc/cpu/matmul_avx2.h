@@ -8,9 +8,9 @@
 // shift for the weight.
 //
 // kRows: one row of W against 1 or 2 tokens, 16 chunks a block, a transposing add of 8 registers. Bound by issue slots:
-// for 32 codes and a digit AVX2 takes 2 vpmaddubsw and about 2 more operations, AVX-VNNI one vpdpbusd and its load. Where
-// the digits leave little of the L1 (x->rows_share) two rows, half of the block apart, read them together: on Zen 4, from
-// DRAM, 11008 to 28672 columns, up to 1.5 times as fast for one token, 1.05 to 1.4 times for 2 to 4.
+// for 32 codes and a digit AVX2 takes 2 vpmaddubsw and about 2 more operations, AVX-VNNI one vpdpbusd and its load. Two rows
+// may read the digits together (x->rows_share). Where lines are asked for in time (prefetch.h) that seldom pays here, one
+// row and its sums being what 16 registers hold (blocking.cpp).
 // kTiles: 4 rows are decoded to bytes in L1, 512 columns at a time, and meet the two digits of 8 tokens in the lanes, or
 // the one of 16.
 #ifndef LOWBIT_CPU_MATMUL_AVX2_H
@@ -253,10 +253,10 @@ __attribute__((noinline)) void each_row(const lowbit_matrix* w, const Activation
 template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
 __attribute__((noinline)) void rows_apart(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1,
                                           int64_t m, float* out, int64_t out_stride) {
-  each_stream_row<kBits, kRows>(w, n0, n1, [&](auto rows, int64_t n, int64_t apart, Ahead ahead)
-                                               __attribute__((always_inline)) {
+  const auto multiply = [&](auto rows, int64_t n, int64_t apart, Ahead ahead) __attribute__((always_inline)) {
     rows_by_tokens<kBits, kChunk, kTwoDigits, rows.value, kTokens>(w, x, n, apart, m, ahead, out + n - n0, out_stride);
-  });
+  };
+  each_stream_row<kBits, kRows>(w, n0, n1, multiply);
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>

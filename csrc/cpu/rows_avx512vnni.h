@@ -188,11 +188,11 @@ template <int kBits, int kChunk, bool kTwoDigits, int kRows, int kTokens>
 __attribute__((noinline)) void rows_apart(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1,
                                           int64_t m, float* out, int64_t out_stride) {
   constexpr bool kFast = kBits == 8 && !kTwoDigits && kTokens == 1;  // see prefetch_ahead
-  each_stream_row<kBits, kRows>(w, n0, n1, [&](auto rows, int64_t n, int64_t apart, Ahead ahead)
-                                               __attribute__((always_inline)) {
+  const auto multiply = [&](auto rows, int64_t n, int64_t apart, Ahead ahead) __attribute__((always_inline)) {
     if (kFast) ahead.bytes = 0;
     rows_by_tokens<kBits, kChunk, kTwoDigits, rows.value, kTokens>(w, x, n, apart, m, ahead, out + n - n0, out_stride);
-  });
+  };
+  each_stream_row<kBits, kRows>(w, n0, n1, multiply);
 }
 
 template <int kBits, int kChunk, bool kTwoDigits>

@@ -8,8 +8,7 @@
 // more, from a cache), 3.2 and 4.9 ns at 3.67 GHz. Planes times factors (ScaledTritDecoder) took the decoding off the pipes of
 // vpdpbusd: 15 to 16 clocks before, 21 to 22 with two digits. With more products than registers for their sums planes are
 // decoded as they are.
-// Where the digits leave little of the L1, two rows read them together (rows_avx512vnni.h): 1.05 to 1.15 times as fast for
-// one token of 14336 columns, 1.35 to 1.55 times for 2 to 8.
+// Where the digits leave little of the L1, two rows read them together (x->rows_share).
 // Groups of columns with scales of their own and tiles of 16 tokens take the loops of all formats (rows_avx512vnni.h,
 // tiles_avx512vnni.h).
 #include "cpu/matmul_avx512vnni.h"
@@ -159,7 +158,7 @@ LOWBIT_INLINE void rows_by_tokens(const lowbit_matrix* w, const Activations* x, 
 template <bool kTwoDigits, int kRows>
 void whole_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
   Ahead ahead = prefetch_ahead<false>();
-  // Rows together are as many streams, each of a few rows: the next rows of each are those of the next call.
+  // Rows together are as many streams, each of a few rows: what comes next in each are those of the next call.
   if (kRows > 1) ahead = {kRowsTogether * row_lines(kTrit, w->cols) * kLineBytes, true};
   for (int64_t n = n0; n < n1; n += kRowsTogether) {
     const int64_t count = n1 - n < kRowsTogether ? n1 - n : kRowsTogether;

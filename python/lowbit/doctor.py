@@ -110,7 +110,7 @@ def kernel_choices() -> dict[str, Any]:
     the table for them, best first: "name" and "why", "" for the selected one, else why it is not.
     "matmul_tokens": "batch", the tokens that one pass over the weights takes, and "tiles_from", by mode and format the
     number from which activations lie as a tile of 16 tokens; fewer, or a tail of fewer, as rows. "own_digits": by mode
-    and format, the columns up to which rows of a product with one token read its digits one by one, and several together
+    and format, the columns up to which rows of a product with one token read its digits one by one, several together
     beyond; None: one by one, however many. "forced": the environment's variables that chose either.
     """
     import torch  # noqa: F401  before _C, see above
