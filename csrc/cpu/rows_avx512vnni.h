@@ -198,9 +198,8 @@ __attribute__((noinline)) void rows_apart(const lowbit_matrix* w, const Activati
 template <int kBits, int kChunk, bool kTwoDigits>
 void matmul_rows(const lowbit_matrix* w, const Activations* x, int64_t n0, int64_t n1, float* out, int64_t out_stride) {
   constexpr int kSharing = kBits == kTrit || kChunk < 32 ? 1 : kBits == 8 ? 3 : 2;  // rows that share digits
-  constexpr bool kFast = kBits == 8 || (kBits == 4 && kSharing > 1 && !kTwoDigits);
   if (kSharing == 1 || !x->rows_share)
-    each_row<kBits, kChunk, kTwoDigits>(w, x, n0, n1, prefetch_ahead<kFast>(), out, out_stride);
+    each_row<kBits, kChunk, kTwoDigits>(w, x, n0, n1, prefetch_ahead<kBits == 8>(), out, out_stride);
   else
     each_pass<kMostTokens<kTwoDigits>>(x->tokens, [&](auto width, int64_t m) {
       rows_apart<kBits, kChunk, kTwoDigits, kSharing, width.value>(w, x, n0, n1, m, out, out_stride);

@@ -119,9 +119,10 @@ bool may_be_tiles(int64_t tokens, const BlockingChoice& choice) {
 
 // Measured on Zen 4 (32 KB), codes from DRAM at 33 and at 50 GB/s, by bench/blocking.py.
 // AVX-512, where rows share: of float mode's two digits the loops of int2, int3 and int4 are always 1.02 to 1.2 times as fast
-// (1.1 to 1.4 from 16 KB of digits on); int8's, which are bound by the memory, from 16 KB on. In int8 mode int2 and int3
-// gain 1.0 to 1.15 times with one token and lose up to 9% with more while digits are few; int4 loses 1 to 8% up to 8 KB
-// (and gains 1.2 times from a cache). Trits are level where not said.
+// (1.1 to 1.4 from 16 KB of digits on, 2 where they are more than the cache); int8's, which are bound by the memory, from
+// 16 KB on. In int8 mode int2 and int3 gain .97 to 1.15 times with one token and lose up to 9% with more while digits are
+// few. int4 then gains 1.2 times from a cache, and from DRAM .92 to 1.3 times, by how its pages lie: where the hardware's
+// prefetchers get along alone it is the former, where they do not, the latter. Trits are level where not said.
 // AVX2: with lines asked for in time (prefetch.h) a row for itself is 1.0 to 1.5 times as fast as two that share, but for
 // int4, one token and digits that fill the cache. AVX-VNNI: as AVX2, not measured.
 int64_t own_digit_bytes(int format, lowbit_activations mode, int64_t tokens, Isa isa, int64_t l1_bytes,
@@ -133,7 +134,7 @@ int64_t own_digit_bytes(int format, lowbit_activations mode, int64_t tokens, Isa
   switch (format) {
     case LOWBIT_INT2:
     case LOWBIT_INT3: eighths = one || two_digits ? 0 : 4; break;
-    case LOWBIT_INT4: eighths = two_digits ? 0 : 2; break;
+    case LOWBIT_INT4: eighths = 0; break;
     case LOWBIT_INT8: eighths = 3; break;
     case LOWBIT_TRIT: eighths = two_digits ? 3 : one ? 5 : 6; break;
   }
