@@ -1,6 +1,6 @@
 """Builds of liblowbit in turns, product by product: what a change of kernels gains where a machine's moods change more.
 
-    python bench/builds.py BEFORE/liblowbit.so.0 AFTER/liblowbit.so.0                 every format, one token: 3 minutes
+    python bench/builds.py BEFORE/liblowbit.so.0 AFTER/liblowbit.so.0                 every format, one token: 30 s
     python bench/builds.py BEFORE.so AFTER.so --formats int4 --columns 11008 --tokens 1 2 --rounds 41
     LOWBIT_ISA=avx2 python bench/builds.py BEFORE.so AFTER.so --in-cache
 
