@@ -27,10 +27,10 @@ LOWBIT_INLINE void prefetch(const uint8_t* line, Ahead ahead) {
 
 // The choice for a loop over one row after the other. kFast: it would keep up with the memory if that were nearer.
 // Intel (Sapphire Rapids): 2-4 KB into L1 doubled the rate of a row loop from DRAM.
-// AMD (Zen 4): the hardware runs some 20 lines ahead of what a loop has asked for, and a loop of many operations a line asks
-// late. 8 KB into L2 make it 1.03 to 1.2 times as fast, 1.3 to 1.75 where the digits take most of the L1; a faster loop
-// (int8's) loses up to 15%, as does every loop with less than 4 KB. L1 is no place for lines: while they wait the digits drive
-// them out (NTA 2 KB ahead: 1.3 to 1.5 times the time at 11008 columns).
+// AMD (Zen 4): 8 KB into L2 make loops of many operations a line .97 to 1.2 times as fast, presumably because they ask too
+// late for the hardware to be in time, and up to 1.75 times where the digits take most of the L1. A faster loop (int8's)
+// loses up to 20%. 1 or 2 KB cost most loops something, trits up to 40%. L1 is no place for lines where digits fill it:
+// NTA, 2 KB ahead, takes int4 1.3 to 1.5 times the time at 11008 columns.
 template <bool kFast>
 LOWBIT_INLINE Ahead prefetch_ahead() {
   if (!__builtin_cpu_is("amd")) return {4096, false};

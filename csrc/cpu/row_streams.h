@@ -16,8 +16,8 @@ struct Count {
 
 // Calls rows(Count<kRows>, n, apart, ahead) for rows n, n + apart, ... of [n0, n1), and for each of those that remain
 // rows(Count<1>, n, 0, ahead). Lines are asked for a few whole rows ahead, which where a stream ends are those of the
-// stream that takes its place in the next block: what is not asked for waits for the memory, as the hardware stops
-// looking ahead where it finds everything in L2.
+// stream that takes its place in the next block: what is not asked for waits for the memory, presumably because the
+// hardware stops looking ahead where everything is in L2.
 template <int kBits, int kRows, class Rows>
 LOWBIT_INLINE void each_stream_row(const lowbit_matrix* w, int64_t n0, int64_t n1, Rows&& rows) {
   const int64_t row_bytes = row_lines(kBits, w->cols) * kLineBytes, rows_ahead = ceil_div(kStreamAhead, row_bytes);

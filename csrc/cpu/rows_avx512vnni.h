@@ -3,7 +3,7 @@
 // One row of W, or several, against up to 4 tokens, whose digits lie in rows. A block is 16 chunks. Each plane register (64
 // codes) meets 64 digits in vpdpbusd; the registers of 16 chunks become one, lane j = chunk j, by a transposing add of 15
 // merges (two shuffles and an add each), and scales, steps and sums are read as they lie. Bound by the memory for int4
-// and int8 (.95 of a plain read, two threads of Zen 4 at 37 GB/s; .86 at 60), by issue for int2 and int3 there: for int4
+// and int8 (.9 to .95 of a plain read, two threads of Zen 4 at 35 GB/s; .7 to .8 at 55), by issue for int2 and int3 there: for int4
 // and two digits a line costs 4 vpdpbusd, 6 loads and about 8 other operations, 2.0 ns from L2.
 //
 // Two rows (int8: three) read each digit once where that pays (x->rows_share, blocking.cpp): with several tokens, in float

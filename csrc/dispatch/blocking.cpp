@@ -118,7 +118,7 @@ bool may_be_tiles(int64_t tokens, const BlockingChoice& choice) {
 }
 
 // Measured on Zen 4 (32 KB), codes from DRAM at 33 and at 50 GB/s, by bench/blocking.py.
-// AVX-512, where rows share: of float mode's two digits the loops of int2, int3 and int4 are always 1.02 to 1.2 times as fast
+// AVX-512, where rows share: of float mode's two digits the loops of int2, int3 and int4 are .98 to 1.2 times as fast
 // (1.1 to 1.4 from 16 KB of digits on, 2 where they are more than the cache); int8's, which are bound by the memory, from
 // 16 KB on. In int8 mode int2 and int3 gain .97 to 1.15 times with one token and lose up to 9% with more while digits are
 // few. int4 then gains 1.2 times from a cache, and from DRAM .92 to 1.3 times, by how its pages lie: where the hardware's
