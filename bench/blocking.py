@@ -36,7 +36,7 @@ SHARED_TOKENS = (1, 2, 4)
 TILE_TOKENS = range(2, 17)
 TILE_COLUMNS = 4096
 LINES = 160_000  # of one matrix: 10 MB
-NEVER = 1 << 40
+NEVER = table.BEYOND_ALL
 SECONDS = 0.02  # of a slice
 
 

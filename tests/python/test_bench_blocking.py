@@ -73,4 +73,6 @@ def test_a_short_run(monkeypatch):
     for row in rows:
         assert all(p["below_us"] > 0 and p["beyond_us"] > 0 for p in row["points"])
     text = table.blocking({"rows": rows})
+    never = table.blocking({"rows": [{**rows[-1], "own": blocking.NEVER}]})
+    assert never.splitlines()[-1].split(" | ")[4] == "any"
     assert "as tiles of 16" in text and f"| {rows[0]['best'] + 1:,} |" in text
