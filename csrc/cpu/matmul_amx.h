@@ -238,7 +238,8 @@ struct BlockByPanel {
       __m512 totals[kHalfRows];
       for (int r = 0; r < kHalfRows; r++) {
         __m512 acc[kSlots];
-        for (int j = 0; j < kSlots; j++) acc[j] = _mm512_maskz_load_ps(j < used ? 0xFFFF : 0, slots[t][j][r0 + r]);
+        for (int j = 0; j < kSlots; j++)  // not an empty mask: tiles_avx512vnni.h
+          acc[j] = j < used ? _mm512_load_ps(slots[t][j][r0 + r]) : _mm512_setzero_ps();
         for (int width = kSlots / 2; width > 0; width /= 2)
           for (int j = 0; j < width; j++) acc[j] = _mm512_add_ps(acc[j], acc[j + width]);
         totals[r] = acc[0];
