@@ -30,8 +30,10 @@ struct Sums {
 
 // A step of the transposing add: lanes of `a` and `b` are added in pairs, so that after levels 1 and 2 lane i % 4 of
 // each 128-bit part belongs to register i of four, and after 3 and 4 part i / 4 to registers 4i .. 4i+3 in full.
-template <int kLevel>
+// kNarrow: lanes hold 16 bits' worth, so that two registers become one by a pack and vpmaddwd, an operation less.
+template <int kLevel, bool kNarrow = false>
 LOWBIT_INLINE __m512i merge(__m512i a, __m512i b) {
+  if constexpr (kNarrow && kLevel <= 2) return _mm512_madd_epi16(_mm512_packs_epi32(a, b), _mm512_set1_epi16(1));
   if constexpr (kLevel == 1) return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   if constexpr (kLevel == 2) return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
@@ -53,6 +55,9 @@ struct Block {
   static constexpr int kLeafPlanes = kChunk == 128 ? 2 : 1;                // planes of one register of partial sums
   static constexpr int kLevels = kChunk >= 64 ? 4 : kChunk == 32 ? 3 : 2;  // 16, 8 or 4 such registers
   static constexpr int kSums = kRows * kTokens;
+  // With one digit a leaf's lane is at most 8 codes times 127: 7112 for int3, and twice that after level 1. .93 of the time
+  // (Zen 4), but not with int4, whose 15240 and 30480 would do, or four tokens: vpmaddwd shares the pipes of vpdpbusd.
+  static constexpr bool kNarrow = !kTwoDigits && (kBits == 2 || kBits == 3) && kTokens <= 2;
   using S = Sums<kSums>;
   using Operands = BlockOperands<kRows, kTokens>;
 
@@ -91,7 +96,8 @@ struct Block {
   }
 
   LOWBIT_INLINE static void add_products(__m512i (&sum)[kRows], const __m512i (&codes)[kRows], const int8_t* digits) {
-    const __m512i d = _mm512_loadu_si512(digits);
+    __m512i d = _mm512_loadu_si512(digits);
+    if (kRows > 1) asm("" : "+v"(d));  // or gcc 12 loads it for every row, as vpdpbusd's operand in memory
     for (int r = 0; r < kRows; r++) sum[r] = _mm512_dpbusd_epi32(sum[r], codes[r], d);
   }
 
@@ -103,7 +109,7 @@ struct Block {
       constexpr int kSecond = kFirst + (1 << (kLevel - 1));
       S a = tree<kLevel - 1, kFirst>(o), b = {};
       if (stored(o, kSecond * kLeafPlanes)) b = tree<kLevel - 1, kSecond>(o);
-      for (int i = 0; i < kSums; i++) a.r[i] = merge<kLevel>(a.r[i], b.r[i]);
+      for (int i = 0; i < kSums; i++) a.r[i] = merge<kLevel, kNarrow>(a.r[i], b.r[i]);
       return a;
     }
   }
