@@ -467,6 +467,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("matrices"), py::arg("biases"), py::arg("ys"), py::arg("x"), py::arg("dtype"), py::arg("tokens"),
       py::arg("x_stride"), py::arg("activations"));
 
+  m.def(
+      "rms_norm",
+      [](uintptr_t x, uintptr_t residual, uintptr_t weight, float eps, int dtype, int64_t tokens, int64_t size,
+         uintptr_t sum, uintptr_t y) {
+        run([&] {
+          return lowbit_rms_norm(pointer<const void>(x), size, pointer<const void>(residual), size,
+                                 pointer<const void>(weight), eps, lowbit_dtype(dtype), tokens, size, pointer<void>(sum),
+                                 size, pointer<void>(y), size);
+        });
+      },
+      py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("eps"), py::arg("dtype"), py::arg("tokens"),
+      py::arg("size"), py::arg("sum"), py::arg("y"));
+  m.def(
+      "silu_mul",
+      [](uintptr_t gate, uintptr_t up, int dtype, int64_t tokens, int64_t size, uintptr_t y) {
+        run([&] {
+          return lowbit_silu_mul(pointer<const void>(gate), size, pointer<const void>(up), size, lowbit_dtype(dtype),
+                                 tokens, size, pointer<void>(y), size);
+        });
+      },
+      py::arg("gate"), py::arg("up"), py::arg("dtype"), py::arg("tokens"), py::arg("size"), py::arg("y"));
+
   py::class_<DecoderLayer>(m, "DecoderLayer")
       .def(py::init<const std::vector<Matrix>&, const std::vector<std::pair<uintptr_t, int>>&, const std::vector<int>&,
                     const std::vector<std::pair<uintptr_t, float>>&>(),

@@ -219,6 +219,10 @@ def matmul_group(
     x_stride: int,
     activations: int,
 ) -> None: ...
+def rms_norm(
+    x: int, residual: int, weight: int, eps: float, dtype: int, tokens: int, size: int, sum: int, y: int
+) -> None: ...
+def silu_mul(gate: int, up: int, dtype: int, tokens: int, size: int, y: int) -> None: ...
 
 class DecoderLayer:
     def __init__(

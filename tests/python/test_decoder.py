@@ -48,6 +48,19 @@ def decoded(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def around(monkeypatch):
+    """An entry for each layer whose attention its own module computed, and lowbit what is around it: its tokens."""
+    calls, compute = [], decoder._around_attention
+
+    def recorded(layer, parts, x, kwargs):
+        calls.append(x.shape[0] * x.shape[1])
+        return compute(layer, parts, x, kwargs)
+
+    monkeypatch.setattr(decoder, "_around_attention", recorded)
+    return calls
+
+
 def ids(count=5, batch=1):
     return torch.randint(3, VOCABULARY, (batch, count), generator=torch.Generator().manual_seed(7))
 
@@ -121,6 +134,109 @@ def test_decoding_past_the_room_of_a_cache(decoded):
     assert rooms.filled == cache.get_seq_length() == 155 <= rooms.keys.shape[2] < 300
     fuse(model, enabled=False)
     assert relative_error(fused, logits_of_steps(model, ids(), 150)[0]) < 2e-4
+
+
+CHANGES_OF_A_LAYER = {
+    "a mode": lambda layer: setattr(layer.self_attn.o_proj, "activations", "int8"),
+    "a weight": lambda layer: layer.mlp.down_proj.load(other_matrix(64, 96), replace=True),
+    "a linear": lambda layer: setattr(
+        layer.mlp, "up_proj", lowbit.nn.Linear.from_packed(other_matrix(96, 64), None, "float").eval()
+    ),
+    "a float weight": lambda layer: layer.mlp.down_proj.load(torch.ones(64, 96) / 9, replace=True),
+    "a norm": lambda layer: setattr(layer, "input_layernorm", copy.deepcopy(layer.input_layernorm)),
+    "a norm's weight": lambda layer: setattr(
+        layer.input_layernorm, "weight", torch.nn.Parameter(torch.full((64,), 0.7))
+    ),
+    "a norm's storage": lambda layer: setattr(layer.input_layernorm.weight, "data", torch.full((64,), 0.5)),
+    "a norm in place": lambda layer: layer.post_attention_layernorm.weight.detach().fill_(0.3),
+    "a bias's storage": lambda layer: setattr(layer.self_attn.q_proj.bias, "data", torch.ones(64)),
+    "a forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x),
+    "a hook": lambda layer: layer.mlp.gate_proj.register_forward_hook(lambda m, x, y: 2 * y),
+}
+
+
+class TestManyTokens:
+    """A prompt: what the modules give, with their own attention."""
+
+    @staticmethod
+    def both_ways(model, around, run):
+        """run() with the layers computed in few calls, and by their modules."""
+        around.clear()
+        fused = run()
+        count = len(around)
+        fuse(model, enabled=False)
+        plain = run()
+        assert len(around) == count
+        fuse(model)
+        return fused, plain, count
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("architecture", FAMILIES)
+    @torch.no_grad()
+    def test_prompts(self, architecture, dtype, around):
+        model = packed(architecture, dtype)
+        for tokens, batch in ((1, 1), (2, 1), (17, 3), (70, 1)):
+            fused, plain, count = self.both_ways(model, around, lambda t=tokens, b=batch: model(ids(t, b)).logits)
+            bound = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+            assert count == 2 and relative_error(fused, plain) < bound
+
+    @torch.no_grad()
+    def test_masks_and_caches(self, around):
+        model, mask = packed(), torch.ones(2, 9, dtype=torch.long)
+        mask[0, :4] = 0
+
+        def padded():
+            return model(ids(9, 2), attention_mask=mask).logits
+
+        def behind_others():
+            cache = model(ids(), use_cache=True).past_key_values
+            result = model(ids(3), past_key_values=cache)
+            assert result.past_key_values.get_seq_length() == 8
+            return result.logits
+
+        def static():
+            cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+            return logits_of_steps(model, ids(), 2, cache=cache)[0]
+
+        for run, calls in ((padded, 2), (behind_others, 4), (static, 6)):
+            fused, plain, count = self.both_ways(model, around, run)
+            assert count == calls and relative_error(fused, plain) < 2e-4
+
+    @torch.no_grad()
+    def test_biases_and_int8(self, around):
+        model = packed("qwen2", torch.bfloat16)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
+            layer.mlp.down_proj.bias = torch.nn.Parameter(torch.randn(64), requires_grad=False)
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                layer.mlp.get_submodule(part).activations = "int8"
+        fused, plain, count = self.both_ways(model, around, lambda: model(ids(20)).logits)
+        assert count == 2 and relative_error(fused, plain) < 5e-2
+
+    @pytest.mark.parametrize("change", CHANGES_OF_A_LAYER)
+    @torch.no_grad()
+    def test_changes(self, change, around):
+        model = packed("qwen2")
+        model(ids())
+        CHANGES_OF_A_LAYER[change](model.model.layers[0])
+        fused, plain, count = self.both_ways(model, around, lambda: model(ids()).logits)
+        assert relative_error(fused, plain) < 2e-4
+        left_alone = ("a float weight", "a forward", "a hook")  # and modes that q, k and v do not share
+        assert count == (1 if change in left_alone else 2)
+
+    def test_whatever_somebody_could_tell(self, around):
+        model = packed()
+        model(ids())  # gradients are asked for
+        with torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16):
+                model(ids())
+            model.train()(ids())
+            model.eval().set_attn_implementation("eager")
+            model(ids())
+            model.set_attn_implementation("sdpa")
+            compiled = torch.compile(model.forward, backend="eager")
+            compiled(ids())
+        assert not around
 
 
 class TestFallback:
@@ -220,25 +336,6 @@ class TestFallback:
             compiled = torch.compile(model.forward, backend="eager")
             assert relative_error(compiled(ids(1), past_key_values=cache).logits, wanted) < 2e-4
         assert not decoded
-
-
-CHANGES_OF_A_LAYER = {
-    "a mode": lambda layer: setattr(layer.self_attn.o_proj, "activations", "int8"),
-    "a weight": lambda layer: layer.mlp.down_proj.load(other_matrix(64, 96), replace=True),
-    "a linear": lambda layer: setattr(
-        layer.mlp, "up_proj", lowbit.nn.Linear.from_packed(other_matrix(96, 64), None, "float").eval()
-    ),
-    "a float weight": lambda layer: layer.mlp.down_proj.load(torch.ones(64, 96) / 9, replace=True),
-    "a norm": lambda layer: setattr(layer, "input_layernorm", copy.deepcopy(layer.input_layernorm)),
-    "a norm's weight": lambda layer: setattr(
-        layer.input_layernorm, "weight", torch.nn.Parameter(torch.full((64,), 0.7))
-    ),
-    "a norm's storage": lambda layer: setattr(layer.input_layernorm.weight, "data", torch.full((64,), 0.5)),
-    "a norm in place": lambda layer: layer.post_attention_layernorm.weight.detach().fill_(0.3),
-    "a bias's storage": lambda layer: setattr(layer.self_attn.q_proj.bias, "data", torch.ones(64)),
-    "a forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x),
-    "a hook": lambda layer: layer.mlp.gate_proj.register_forward_hook(lambda m, x, y: 2 * y),
-}
 
 
 class TestChanges:

@@ -1,15 +1,18 @@
-"""A decoder layer of Transformers, a token at a time, in one call.
+"""A decoder layer of Transformers, a token at a time, in one call; many tokens in a few.
 
 Between the products of a packed layer torch runs some seventy small operators, on caches that the weights have just
 gone through: a quarter of a token's time. Here one token of a layer of a known family is one call
 (lowbit_decode_layer), over a cache that grows in place. It rounds where Transformers' modules round, so results differ
 from theirs by the order of fp32 sums. decoder_stack.py makes one call of all layers.
 
-Modules stay what and where they are. A layer gets a `forward` of its own that goes this way when nobody can tell:
-inference on the CPU in one dtype, a token at a time, no mask, Transformers' own growing cache, linears and norms that
-are plain and without hooks. In all other cases it is its class's. Families are named, since a layer that computes
-something else may look the same; and each is tried against its class before it is used, so that a release of
-Transformers that changes what a layer computes is noticed, said once, and left alone.
+Many tokens, or one with a mask or another cache, go through the layer's own attention module; the norms, the gate and
+the sums around it, a tenth of a prompt's time as torch's operators, are a call each.
+
+Modules stay what and where they are. A layer gets a `forward` of its own that goes these ways when nobody can tell:
+inference on the CPU in one dtype, linears and norms that are plain and without hooks, and for the one call a token at
+a time, no mask, Transformers' own growing cache. In all other cases it is its class's. Families are named, since a
+layer that computes something else may look the same; and each is tried against its class before it is used, so that a
+release of Transformers that changes what a layer computes is noticed, said once, and left alone.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ class Family:
 
 
 class FusedLayer:
-    """The forward of a decoder layer: one call where nobody can tell, else its class's."""
+    """The forward of a decoder layer: one call or a few where nobody can tell, else its class's."""
 
     def __init__(self, layer: nn.Module, family: Family):
         self.layer, self.family = layer, family
@@ -78,17 +81,22 @@ class FusedLayer:
 
     def _forward(self, hidden_states: Tensor, args: tuple, kwargs: dict) -> Tensor:
         family = self.family
-        if not args and family.agrees is not False and is_one_token(hidden_states):
-            step = self._step(hidden_states, kwargs)
-            if step is not None:
+        if not args and family.agrees is not False and is_plain(hidden_states):
+            parts = self.parts
+            if parts is None or not parts.hold(hidden_states):
+                parts = self.parts = Parts.of(self.layer, hidden_states)
+            if parts is not None:
                 if family.agrees is None:
-                    family.agrees = _agrees(self.layer, self.parts, hidden_states)
+                    family.agrees = _agrees(self.layer, parts, hidden_states)
                 if family.agrees:
-                    return _decode(hidden_states, self.parts, *step)
+                    step = self._step(parts, hidden_states, kwargs) if hidden_states.shape[1] == 1 else None
+                    if step is not None:
+                        return _decode(hidden_states, parts, *step)
+                    return _around_attention(self.layer, parts, hidden_states, kwargs)
         return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
 
-    def _step(self, x: Tensor, kwargs: dict) -> tuple | None:
-        """What `_decode` needs beside x and the parts, or None where the layer's class has to be asked."""
+    def _step(self, parts: Parts, x: Tensor, kwargs: dict) -> tuple | None:
+        """What `_decode` needs beside x and the parts, or None where the attention module has to be asked."""
         cache = angles = None
         for name, value in kwargs.items():
             if name == "past_key_values":
@@ -99,11 +107,6 @@ class FusedLayer:
                 return None  # an attention_mask above all: without one, every place that was before is seen
         if cache is None or type(angles) is not tuple or len(angles) != 2:
             return None
-        parts = self.parts
-        if parts is None or not parts.hold(x):
-            parts = self.parts = Parts.of(self.layer, x)
-            if parts is None:
-                return None
         arguments = self.family.angle_arguments(angles, x, parts.head_size)
         room = CacheRoom.of(cache, parts.index, x, parts.kv_heads, parts.head_size)
         return None if arguments is None or room is None else (arguments, room, cache)
@@ -113,8 +116,13 @@ class FusedLayer:
 
 
 def is_one_token(x: Tensor) -> bool:
-    """Whether x is a token of each sequence that is computed as it stands: nothing watches, no gradient, no cast."""
-    if x.ndim != 3 or x.shape[1] != 1 or not x.is_cpu or x.dtype not in abi.FLOAT_DTYPES or torch.is_grad_enabled():
+    """Whether x is a token of each sequence that is computed as it stands."""
+    return x.ndim == 3 and x.shape[1] == 1 and is_plain(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x [sequences, tokens, hidden] is computed as it stands: nothing watches, no gradient, no cast."""
+    if x.ndim != 3 or not x.is_cpu or x.dtype not in abi.FLOAT_DTYPES or torch.is_grad_enabled():
         return False
     return x.is_contiguous() and abi.runs_eagerly(x) and not torch.is_autocast_enabled("cpu")
 
@@ -125,6 +133,24 @@ def _decode(x: Tensor, parts: Parts, angles: tuple[int, int, int], room: CacheRo
     addresses = (x.data_ptr(), y.data_ptr(), room.filled, *angles, [room.addresses])
     parts.alone.decode(parts.dtype_number, x.shape[0], *addresses)
     room.append(cache, parts.index)
+    return y
+
+
+def _around_attention(layer: nn.Module, parts: Parts, x: Tensor, kwargs: dict) -> Tensor:
+    """x [sequences, tokens, hidden] -> the layer's output, its attention by its own module, with what came for that."""
+    kind, (sequences, tokens, size) = parts.dtype_number, x.shape
+    rows = sequences * tokens
+    (before, before_eps), (after, after_eps) = parts.norm_places[:2]
+    normed = torch.empty_like(x)
+    _C.rms_norm(x.data_ptr(), 0, before, before_eps, kind, rows, size, 0, normed.data_ptr())
+    attended = layer.self_attn(hidden_states=normed, **{"attention_mask": None, **kwargs})[0].contiguous()
+    summed = torch.empty_like(x)
+    addresses = (attended.data_ptr(), x.data_ptr(), after, after_eps, kind, rows, size)
+    _C.rms_norm(*addresses, summed.data_ptr(), normed.data_ptr())
+    gate, up = abi.matmul_group([m._view for m in parts.matrices[4:6]], normed, parts.biases[4:6], parts.modes[4])
+    _C.silu_mul(gate.data_ptr(), up.data_ptr(), kind, rows, gate.shape[-1], gate.data_ptr())
+    y = abi.matmul(parts.matrices[6]._view, gate, parts.biases[6], parts.modes[6])
+    _C.rms_norm(y.data_ptr(), summed.data_ptr(), 0, 0.0, kind, rows, size, y.data_ptr(), 0)  # the sum alone
     return y
 
 
@@ -163,7 +189,8 @@ class Parts:
         self.version = (lowbit_nn.changes(), RemovableHandle.next_id)
         self.norms = [(norm._parameters, norm._parameters["weight"]) for norm in norms]
         norm_weights = [weight for _, weight in self.norms]
-        biases = [linear._parameters["bias"] for linear in linears]
+        self.biases = biases = [linear._parameters["bias"] for linear in linears]
+        self.modes = [linear.activations for linear in linears]
         self.tensors = [t for t in (*norm_weights, *biases) if t is not None]
         self.storages = [t.detach() for t in self.tensors]  # those of a tensor whose .data is set go otherwise
         self.addresses = [t.data_ptr() for t in self.tensors]
@@ -174,9 +201,9 @@ class Parts:
         views = [matrix._view for matrix in self.matrices]
         require(all(view.device < 0 for view in views) and self.hold(x))
         places = [(0, 0) if b is None else (b.data_ptr(), abi.FLOAT_DTYPES[b.dtype]) for b in biases]
-        pairs = [(w.data_ptr(), n.variance_epsilon) for w, n in zip(norm_weights, norms, strict=True)]
-        modes = [abi.ACTIVATIONS[linear.activations] for linear in linears]
-        self.native = _C.DecoderLayer(views, places, modes, (pairs + [(0, 0.0)] * 2)[:4])
+        self.norm_places = [(w.data_ptr(), n.variance_epsilon) for w, n in zip(norm_weights, norms, strict=True)]
+        modes = [abi.ACTIVATIONS[mode] for mode in self.modes]
+        self.native = _C.DecoderLayer(views, places, modes, (self.norm_places + [(0, 0.0)] * 2)[:4])
         self.alone = _C.DecoderStack([self.native], [(self.head_size, self.scale)], (0, 0.0))
 
     @classmethod
