@@ -200,6 +200,8 @@ class Model:
             for module in self.model.modules():
                 if isinstance(module, Linear):
                     module.activations = activations
+            with self.torch.inference_mode():
+                self.model(self.torch.zeros(1, 2, dtype=self.torch.long))  # looks at what changed: not to be measured
 
     def decode(self, mode: str, prompt: int, tokens: int) -> list[float]:
         """Seconds of each of `tokens` greedy steps after a prompt."""
