@@ -6,7 +6,7 @@ gone through: a quarter of a token's time. Here one token of a layer of a known 
 from theirs by the order of fp32 sums. decoder_stack.py makes one call of all layers.
 
 Many tokens, or one with a mask or another cache, go through the layer's own attention module; the norms, the gate and
-the sums around it are a call each: 2 to 8% of a prompt's time.
+the sums around it are a call each: up to 5% of a prompt's time.
 
 Modules stay what and where they are. A layer gets a `forward` of its own that goes these ways when nobody can tell:
 inference on the CPU in one dtype, linears and norms that are plain and without hooks, and for the one call a token at
