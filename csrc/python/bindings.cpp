@@ -473,8 +473,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
          uintptr_t sum, uintptr_t y) {
         run([&] {
           return lowbit_rms_norm(pointer<const void>(x), size, pointer<const void>(residual), size,
-                                 pointer<const void>(weight), eps, lowbit_dtype(dtype), tokens, size, pointer<void>(sum),
-                                 size, pointer<void>(y), size);
+                                 pointer<const void>(weight), eps, lowbit_dtype(dtype), tokens, size,
+                                 pointer<void>(sum), size, pointer<void>(y), size);
         });
       },
       py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("eps"), py::arg("dtype"), py::arg("tokens"),
