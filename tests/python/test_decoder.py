@@ -50,14 +50,17 @@ def decoded(monkeypatch):
 
 @pytest.fixture
 def around(monkeypatch):
-    """An entry for each layer whose attention its own module computed, and lowbit what is around it: its tokens."""
-    calls, compute = [], decoder._around_attention
+    """An entry for each layer whose attention its own module computed, and lowbit what is around it, trials aside."""
+    calls, compute, agrees = [], decoder._around_attention, decoder._agrees
 
-    def recorded(layer, parts, x, kwargs):
-        calls.append(x.shape[0] * x.shape[1])
-        return compute(layer, parts, x, kwargs)
+    def trial(*arguments):
+        before = len(calls)
+        result = agrees(*arguments)
+        del calls[before:]
+        return result
 
-    monkeypatch.setattr(decoder, "_around_attention", recorded)
+    monkeypatch.setattr(decoder, "_around_attention", lambda *arguments: calls.append(1) or compute(*arguments))
+    monkeypatch.setattr(decoder, "_agrees", trial)
     return calls
 
 
@@ -435,6 +438,20 @@ def test_a_layer_that_computes_something_else_is_left_alone(monkeypatch):
     fuse(model, enabled=False)
     assert torch.equal(out, logits_of_steps(model, ids(), 2)[0])
 
+    monkeypatch.undo()
+    model, attend = packed(), modeling_llama.LlamaAttention.forward
+    wanted = model(ids()).logits
+
+    def forward_of_a_bare_tensor(self, x, **kwargs):
+        x = x + self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", lambda *a, **k: attend(*a, **k)[0])
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", forward_of_a_bare_tensor)
+    with torch.no_grad(), pytest.warns(UserWarning, match="TypeError: LlamaAttention: expected"):
+        assert torch.equal(model(ids()).logits, wanted)
+
+    monkeypatch.undo()
     model = packed()
     monkeypatch.setattr(
         modeling_llama.LlamaDecoderLayer, "forward", lambda self, hidden_states, newcomer, **_: hidden_states

@@ -144,6 +144,8 @@ def _around_attention(layer: nn.Module, parts: Parts, x: Tensor, kwargs: dict) -
     normed = torch.empty_like(x)
     _C.rms_norm(x.data_ptr(), 0, before, before_eps, kind, rows, size, 0, normed.data_ptr())
     attended = layer.self_attn(hidden_states=normed, **{"attention_mask": None, **kwargs})[0].contiguous()
+    if attended.shape != x.shape or attended.dtype != x.dtype:
+        raise TypeError(f"{type(layer.self_attn).__name__}: expected {x.dtype} {x.shape}, got {attended.shape}")
     summed = torch.empty_like(x)
     addresses = (attended.data_ptr(), x.data_ptr(), after, after_eps, kind, rows, size)
     _C.rms_norm(*addresses, summed.data_ptr(), normed.data_ptr())
@@ -241,31 +243,33 @@ def require(plain: bool) -> None:
 
 @torch.no_grad()
 def _agrees(layer: nn.Module, parts: Parts, like: Tensor) -> bool:
-    """Whether a layer gives the same both ways, but for rounding, for a random token behind three others."""
+    """Whether a layer gives the same both ways, but for rounding: for three random tokens and one behind them."""
     caches, random = sys.modules["transformers.cache_utils"], torch.Generator().manual_seed(0)
     size, dtype = parts.head_size, like.dtype
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(dtype)
-
-    past = [normal(1, parts.kv_heads, 3, size) for _ in range(2)]
-    half = torch.rand(1, 1, size // 2, generator=random) * 6
+    half = torch.rand(1, 4, size // 2, generator=random) * 6
     angle = torch.cat((half, half), -1)
-    angles = (angle.cos().to(dtype), angle.sin().to(dtype))
-    x = normal(1, 1, like.shape[-1]) * 0.02  # small, so that what the layer adds is most of what comes out
+    turns = [(part.cos().to(dtype), part.sin().to(dtype)) for part in (angle[:, :3], angle[:, 3:])]
+    tokens = (
+        torch.randn(1, 4, like.shape[-1], generator=random) * 0.02
+    )  # so that what the layer adds is most of the sum
+    prompt, x = (part.to(dtype).contiguous() for part in (tokens[:, :3], tokens[:, 3:]))
     results = []
     try:
         for fused in (False, True):
             cache = caches.DynamicCache()
-            cache.update(*past, parts.index)
+            common = {"attention_mask": None, "use_cache": True, "past_key_values": cache}
+            first = {"position_ids": torch.arange(3)[None], "position_embeddings": turns[0], **common}
+            then = {"position_ids": torch.tensor([[3]]), "position_embeddings": turns[1], **common}
             if fused:
+                before = _around_attention(layer, parts, prompt, first)
                 room = CacheRoom.of(cache, parts.index, x, parts.kv_heads, size)
-                y = _decode(x, parts, Family().angle_arguments(angles, x, size), room, cache)
+                y = _decode(x, parts, Family().angle_arguments(turns[1], x, size), room, cache)
             else:
-                arguments = {"attention_mask": None, "position_ids": torch.tensor([[3]]), "use_cache": True}
-                y = type(layer).forward(layer, x, past_key_values=cache, position_embeddings=angles, **arguments)
+                before = type(layer).forward(layer, prompt, **first)
+                y = type(layer).forward(layer, x, **then)
             held = cache.layers[parts.index]
-            results.append((y.float() - x.float(), held.keys.float(), held.values.float()))
+            added = (before.float() - prompt.float(), y.float() - x.float())
+            results.append((*added, held.keys.float(), held.values.float()))
         pairs = list(zip(*results, strict=True))
         if all((a - b).norm() <= _TOLERANCE * a.norm() for a, b in pairs):
             return True
