@@ -227,6 +227,14 @@ class TestManyTokens:
         left_alone = ("a float weight", "a forward", "a hook")  # and modes that q, k and v do not share
         assert count == (1 if change in left_alone else 2)
 
+    @torch.no_grad()
+    def test_calibration_goes_by_modules(self, around):
+        model = build("llama")
+        lowbit.quantize(model, [{"input_ids": ids(20, 2)}], lowbit.Recipe(bits=4, group_size=32))
+        assert not around
+        model(ids())
+        assert len(around) == 2
+
     def test_whatever_somebody_could_tell(self, around):
         model = packed()
         model(ids())  # gradients are asked for

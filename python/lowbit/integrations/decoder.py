@@ -19,6 +19,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import get_ident
 
 import torch
@@ -34,6 +37,18 @@ _SAID_ELSEWHERE = frozenset({"position_ids", "use_cache", "cache_position"})  # 
 # Of what a layer adds, in the trial: several times what the order of sums and the rounding of int8 activations make of
 # bf16 (.005 and .017).
 _TOLERANCE = 0.05
+_BY_MODULES: ContextVar[bool] = ContextVar("_BY_MODULES", default=False)
+
+
+@contextmanager
+def by_modules() -> Iterator[None]:
+    """Meanwhile layers are computed by their modules: for calibration, which gives the same codes on every device only
+    where the same operators make its inputs."""
+    token = _BY_MODULES.set(True)
+    try:
+        yield
+    finally:
+        _BY_MODULES.reset(token)
 
 
 class Family:
@@ -124,7 +139,7 @@ def is_plain(x: Tensor) -> bool:
     """Whether x [sequences, tokens, hidden] is computed as it stands: nothing watches, no gradient, no cast."""
     if x.ndim != 3 or not x.is_cpu or x.dtype not in abi.FLOAT_DTYPES or torch.is_grad_enabled():
         return False
-    return x.is_contiguous() and abi.runs_eagerly(x) and not torch.is_autocast_enabled("cpu")
+    return x.is_contiguous() and abi.runs_eagerly(x) and not (torch.is_autocast_enabled("cpu") or _BY_MODULES.get())
 
 
 def _decode(x: Tensor, parts: Parts, angles: tuple[int, int, int], room: CacheRoom, cache) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit.integrations.decoder import by_modules
 from lowbit.models import find_blocks, find_targets, replaced
 from lowbit.quantize.calibration import token_windows
 from lowbit.quantize.correction import LEAST_TOKENS, Drift
@@ -350,7 +351,7 @@ def _forward_call(model: nn.Module) -> tuple[Callable[..., object], dict[str, An
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without caches; as before afterwards."""
+    """Evaluation mode without caches, layers by their modules; as before afterwards."""
     training = {name: m.training for name, m in model.named_modules()}  # by name: modules are replaced meanwhile
     config = getattr(model, "config", None)
     configs = [c for c in {id(c): c for c in (config, _text_config(model))}.values() if hasattr(c, "use_cache")]
@@ -359,7 +360,8 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     for c in configs:
         c.use_cache = False
     try:
-        yield
+        with by_modules():
+            yield
     finally:
         for c, use_cache in caches:
             c.use_cache = use_cache
