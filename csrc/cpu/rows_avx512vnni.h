@@ -56,7 +56,7 @@ struct Block {
   static constexpr int kLevels = kChunk >= 64 ? 4 : kChunk == 32 ? 3 : 2;  // 16, 8 or 4 such registers
   static constexpr int kSums = kRows * kTokens;
   // With one digit a lane of a leaf is at most 8 codes times 127, and twice that after level 1: 16 bits hold int4's, too.
-  // From DRAM int2 is 1.01 to 1.06 times as fast; int3 is not, and int4 not from a cache either, for vpmaddwd shares the
+  // From DRAM int2 is .99 to 1.06 times as fast; int3 is not, and int4 not from a cache either, for vpmaddwd shares the
   // pipes of vpdpbusd (Zen 4).
   static constexpr bool kNarrow = !kTwoDigits && kBits == 2 && kTokens <= 2;
   using S = Sums<kSums>;
@@ -98,8 +98,9 @@ struct Block {
 
   LOWBIT_INLINE static void add_products(__m512i (&sum)[kRows], const __m512i (&codes)[kRows], const int8_t* digits) {
     __m512i d = _mm512_loadu_si512(digits);
-    // gcc 12 loads it for every row, as vpdpbusd's operand in memory. In a register it is 1.0 to 1.1 times as fast for
-    // int4; int8 is, too, from a cache, but .81 to .99 from DRAM (Zen 4).
+    // gcc 12 loads it for every row, as vpdpbusd's operand in memory. In a register it makes int4 .97 to 1.08 times as fast
+    // from DRAM (two tokens in float mode gain), 1.02 to 1.06 from a cache; int8 gains more there, but takes up to 1.2 times
+    // the time from DRAM (Zen 4).
     if (kBits == 4 && kRows > 1 && kTokens <= 2) asm("" : "+v"(d));
     for (int r = 0; r < kRows; r++) sum[r] = _mm512_dpbusd_epi32(sum[r], codes[r], d);
   }

@@ -36,8 +36,8 @@ _PLACES = 128  # of angles that are made at once
 
 
 def fuse(model: nn.Module, enabled: bool = True) -> int:
-    """Lets the decoder layers of known families decode in one call for all of them, or one each where only some can, or
-    (enabled=False) as Transformers has it; returns how many layers there are.
+    """Lets the decoder layers of known families decode in one call for all of them, or one each where only some can,
+    and take prompts in a few calls each; or (enabled=False) all as Transformers has it. Returns how many there are.
 
     Done to every model that is packed; call it for layers that came later, or to switch it off. A layer or model whose
     `forward` somebody replaced stays as it is.
